@@ -1,0 +1,68 @@
+# `make demo` and `make test` are each enough on a fresh clone with a bare python3 (3.10 or newer).
+
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= 2.13.0
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+OUT ?= demo
+
+# Byte-compiling what is never imported would take longer than the rest of an install.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --quiet
+
+.PHONY: help demo test check format clean reference
+
+help:
+	@echo "make demo       held-out pictures through the dense and the compressed reference model"
+	@echo "make test       all tests"
+	@echo "make check      ruff and mypy"
+	@echo "make format     ruff, in place"
+	@echo "make reference  train and measure the reference experiment from nothing (hours)"
+	@echo "make clean      remove the environment, caches and the demo's output"
+
+demo: $(VENV)/demo.stamp
+	@$(BIN)/unicompress demo --out "$(OUT)"
+
+test: $(VENV)/test.stamp
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/test.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/test.stamp
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	@rm -rf "$(VENV)" build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# torch comes first and on its own. A plain request takes a CPU build where the configured index has
+# one; on Linux without an NVIDIA card the PyTorch CPU index is asked next, since PyPI has CUDA builds.
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "error: unicompress needs Python 3.10 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "creating $(VENV) and installing torch $(TORCH)"
+	@$(PYTHON) -m venv "$(VENV)"
+	@if [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+	    $(PIP) "torch==$(TORCH)"; \
+	elif ! $(PIP) "torch==$(TORCH)+cpu" 2>/dev/null; then \
+	    $(PIP) "torch==$(TORCH)" --index-url "$(CPU_INDEX)" || { \
+	        echo "error: no CPU build of torch $(TORCH) at $(CPU_INDEX): check the connection," \
+	             "or name another index: make CPU_INDEX=..." >&2; exit 1; }; \
+	fi
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "installing unicompress and what the demo needs"
+	@$(PIP) "torch==$(TORCH)" -e ".[demo]"
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "installing unicompress and what the tests need"
+	@$(PIP) "torch==$(TORCH)" -e ".[demo,train,eval-light,dev]"
+	@touch $@

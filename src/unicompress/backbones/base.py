@@ -1,0 +1,119 @@
+"""The contract of a language model that reads and writes images."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from unicompress.tokens import Grid
+
+Stream = Literal["global", "local"]
+# Takes logits of one code [b v] and the code's number within its token, gives the choice [b].
+Choose = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class CodeSpace:
+    """Which entries of the vocabulary stand for what: text, then BOS, SEP, EOS, then the codes.
+
+    With several codes per token the codes have tables of their own and are no vocabulary.
+    """
+
+    text_size: int
+    codes_per_token: int  # D
+    local_size: int  # K of the local codes
+    global_size: int = 0  # K_g of a separate codebook for the globals; 0: they share the local one
+
+    @property
+    def begin(self) -> int:
+        """Entry of BOS; SEP and EOS follow."""
+        return self.text_size
+
+    @property
+    def first_code(self) -> int:
+        """Entry of local code 0."""
+        return self.text_size + 3
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Entries in all."""
+        codes = self.local_size + self.global_size if self.codes_per_token == 1 else 0
+        return self.first_code + codes
+
+    def size(self, stream: Stream) -> int:
+        """Number of different codes of a stream."""
+        return self.global_size if stream == "global" and self.global_size else self.local_size
+
+    def first(self, stream: Stream) -> int:
+        """Entry of code 0 of a stream (one code per token)."""
+        separate = stream == "global" and self.global_size
+        return self.first_code + (self.local_size if separate else 0)
+
+
+class Backbone(nn.Module, ABC):
+    """A language model with a way in for features and codes, and a way out for codes.
+
+    `forward` gives hidden states; logits are asked for only where they are needed, because the
+    vocabulary is the widest part of a small model.
+    """
+
+    space: CodeSpace
+    hidden_size: int
+    max_positions: int
+
+    @abstractmethod
+    def embed_text(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l h"]:
+        """Embeddings of text tokens."""
+
+    @abstractmethod
+    def delimiters(self) -> Float[Tensor, "3 h"]:
+        """Learned embeddings of BOS, SEP and EOS."""
+
+    @abstractmethod
+    def embed_features(
+        self, globals_: Float[Tensor, "b g d"], locals_: Float[Tensor, "b m d"], grid: Grid
+    ) -> Float[Tensor, "b n h"]:
+        """Continuous tokens through the projector, globals first."""
+
+    @abstractmethod
+    def embed_codes(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n h"]:
+        """Codes as input of the generation path."""
+
+    @abstractmethod
+    def forward(
+        self,
+        embeds: Float[Tensor, "b l h"],
+        mask: Bool[Tensor, "b 1 l k"] | None,
+        positions: Int[Tensor, "b l"],
+        cache: Any = None,
+    ) -> Float[Tensor, "b l h"]:
+        """Hidden states; `mask` None means plainly causal; keys and values are added to `cache`."""
+
+    @abstractmethod
+    def new_cache(self, length: int) -> Any:
+        """An empty key and value cache for up to `length` positions."""
+
+    @abstractmethod
+    def text_logits(self, hidden: Float[Tensor, "*b h"]) -> Float[Tensor, "*b v"]:
+        """Scores of the text entries only."""
+
+    @abstractmethod
+    def vocabulary_logits(
+        self, hidden: Float[Tensor, "*b h"], start: int, stop: int
+    ) -> Float[Tensor, "*b v"]:
+        """Scores of entries `start` to `stop` - 1 of the vocabulary."""
+
+    @abstractmethod
+    def code_logits(
+        self, hidden: Float[Tensor, "*b h"], codes: Int[Tensor, "*b c"], stream: Stream
+    ) -> Float[Tensor, "*b c v"]:
+        """Scores of every code of a token, each given the true codes before it in the token."""
+
+    @abstractmethod
+    def sample_codes(
+        self, hidden: Float[Tensor, "b h"], stream: Stream, choose: Choose
+    ) -> Int[Tensor, "b c"]:
+        """The codes of one token, chosen one after the other."""

@@ -1,0 +1,242 @@
+"""Any Hugging Face causal language model as a backbone."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from unicompress.backbones.base import Backbone, Choose, CodeSpace, Stream
+from unicompress.backbones.projectors import Projector
+from unicompress.errors import InputError
+from unicompress.layers import Block
+from unicompress.tokens import Grid
+
+STREAMS: tuple[Stream, Stream] = ("global", "local")
+
+
+class ReservedLayer(DynamicLayer):
+    """Keys and values of one layer in memory reserved once, so that a step copies only itself."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+        self.filled = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append and return all keys and values so far, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            b, heads, _, _ = key_states.shape
+            self.keys = key_states.new_empty(b, heads, self.length, key_states.shape[-1])
+            self.values = value_states.new_empty(b, heads, self.length, value_states.shape[-1])
+        stop = self.filled + key_states.shape[-2]
+        self.keys[:, :, self.filled : stop] = key_states
+        self.values[:, :, self.filled : stop] = value_states
+        self.filled = stop
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        """Positions filled."""
+        return self.filled
+
+
+class CodeTable(nn.Module):
+    """Embeddings of tokens with several codes: the sum of one entry per code."""
+
+    def __init__(self, *, codes: int, size: int, width: int):
+        super().__init__()
+        self.size = size
+        self.entries = nn.Embedding(codes * size, width)
+        nn.init.normal_(self.entries.weight, std=0.02)
+
+    def forward(self, codes: Int[Tensor, "*b c"]) -> Float[Tensor, "*b h"]:
+        """Sum over the codes of a token."""
+        return self.each(codes).sum(dim=-2)
+
+    def each(self, codes: Int[Tensor, "*b c"]) -> Float[Tensor, "*b c h"]:
+        """The entry of every code; later codes of the token may be missing."""
+        first = torch.arange(codes.shape[-1], device=codes.device) * self.size
+        return self.entries(codes + first)
+
+
+class DepthHead(nn.Module):
+    """A small causal transformer over the codes of one token (UniTok, VILA-U).
+
+    Its first position reads the language model's state and predicts code 1; position k reads
+    code k - 1 and predicts code k.
+    """
+
+    def __init__(self, *, hidden: int, codes: int, size: int, width: int, depth: int = 2):
+        super().__init__()
+        self.size = size
+        self.enter = nn.Linear(hidden, width)
+        self.entries = CodeTable(codes=codes, size=size, width=width)
+        self.positions = nn.Parameter(torch.randn(codes, width) * 0.02)
+        heads = width // 64 if width % 64 == 0 else 1
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.leave = nn.Parameter(torch.randn(codes, size, width) * 0.02)
+
+    def forward(
+        self, hidden: Float[Tensor, "n h"], codes: Int[Tensor, "n c"]
+    ) -> Float[Tensor, "n c v"]:
+        """Scores of every code given the true codes before it."""
+        known = self.entries.each(codes[:, :-1])
+        tokens = torch.cat([self.enter(hidden)[:, None], known], dim=1) + self.positions
+        for block in self.blocks:
+            tokens = block(tokens, causal=True)
+        return torch.einsum("ncd,cvd->ncv", self.norm(tokens), self.leave)
+
+    def sample(self, hidden: Float[Tensor, "n h"], choose: Choose) -> Int[Tensor, "n c"]:
+        """The codes of one token, chosen one after the other."""
+        tokens = self.enter(hidden)[:, None]
+        count = len(self.positions)
+        caches = [block.self_attention.empty_cache(tokens, count) for block in self.blocks]
+        codes = torch.empty(len(hidden), 0, dtype=torch.long, device=hidden.device)
+        for number in range(count):
+            tokens = tokens + self.positions[number]
+            for block, cache in zip(self.blocks, caches, strict=True):
+                tokens = block(tokens, cache=cache)
+            scores = F.linear(self.norm(tokens[:, 0]), self.leave[number])
+            codes = torch.cat([codes, choose(scores, number)[:, None]], dim=1)
+            tokens = self.entries.each(codes)[:, -1:]
+        return codes
+
+
+class CausalLM(Backbone):
+    """Wraps `lm`, whose vocabulary already has the size that `space` asks for.
+
+    With one code per token the codes are entries of that vocabulary; with more they have tables
+    and depth heads of their own, one set for each codebook.
+    """
+
+    def __init__(self, *, lm: PreTrainedModel, space: CodeSpace, projector: Projector):
+        super().__init__()
+        self.lm = lm
+        self.space = space
+        self.projector = projector
+        self.hidden_size = lm.get_input_embeddings().embedding_dim
+        self.max_positions = int(getattr(lm.config, "max_position_embeddings", 2**31))
+        if len(lm.get_input_embeddings().weight) < space.vocabulary_size:
+            raise InputError(
+                f"the language model has {len(lm.get_input_embeddings().weight)} vocabulary entries, "
+                f"text and codes need {space.vocabulary_size}: call lm.resize_token_embeddings first"
+            )
+        self.tables = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        if space.codes_per_token > 1:
+            width = min(self.hidden_size, 512)
+            for stream in STREAMS if space.global_size else STREAMS[1:]:
+                size = space.size(stream)
+                self.tables[stream] = CodeTable(
+                    codes=space.codes_per_token, size=size, width=self.hidden_size
+                )
+                self.heads[stream] = DepthHead(
+                    hidden=self.hidden_size, codes=space.codes_per_token, size=size, width=width
+                )
+
+    @property
+    def inner(self) -> PreTrainedModel:
+        """The language model itself, also where peft has wrapped it."""
+        wrapped = getattr(self.lm, "get_base_model", None)
+        return wrapped() if wrapped else self.lm
+
+    def embed_text(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l h"]:
+        """Embeddings of text tokens."""
+        return self.inner.get_input_embeddings()(ids)
+
+    def delimiters(self) -> Float[Tensor, "3 h"]:
+        """Learned embeddings of BOS, SEP and EOS."""
+        device = self.inner.get_input_embeddings().weight.device
+        ids = torch.arange(self.space.begin, self.space.begin + 3, device=device)
+        return self.inner.get_input_embeddings()(ids)
+
+    def embed_features(
+        self, globals_: Float[Tensor, "b g d"], locals_: Float[Tensor, "b m d"], grid: Grid
+    ) -> Float[Tensor, "b n h"]:
+        """Continuous tokens through the projector, globals first."""
+        return self.projector(globals_, locals_, grid)
+
+    def embed_codes(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n h"]:
+        """Codes as vocabulary entries, or the sum of table entries."""
+        if self.space.codes_per_token == 1:
+            return self.embed_text(codes[..., 0] + self.space.first(stream))
+        return self.tables[self._codebook(stream)](codes)
+
+    def forward(
+        self,
+        embeds: Float[Tensor, "b l h"],
+        mask: Bool[Tensor, "b 1 l k"] | None,
+        positions: Int[Tensor, "b l"],
+        cache: Any = None,
+    ) -> Float[Tensor, "b l h"]:
+        """Hidden states after the last norm."""
+        trunk = self.inner.base_model
+        if mask is not None and trunk.config._attn_implementation == "eager":
+            # Eager attention adds its mask; others take a boolean one. Under autocast the scores
+            # have autocast's type, and a wider mask would widen them.
+            kind = embeds.device.type
+            dtype = (
+                torch.get_autocast_dtype(kind)
+                if torch.is_autocast_enabled(kind)
+                else next(trunk.parameters()).dtype
+            )
+            hide = torch.finfo(dtype).min
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, hide)
+        return trunk(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def new_cache(self, length: int) -> Cache:
+        """Reserved keys and values of every layer."""
+        layers = self.inner.config.get_text_config().num_hidden_layers
+        return Cache(layers=[ReservedLayer(length) for _ in range(layers)])
+
+    def text_logits(self, hidden: Float[Tensor, "*b h"]) -> Float[Tensor, "*b v"]:
+        """Scores of the text entries only."""
+        return self.vocabulary_logits(hidden, 0, self.space.text_size)
+
+    def vocabulary_logits(
+        self, hidden: Float[Tensor, "*b h"], start: int, stop: int
+    ) -> Float[Tensor, "*b v"]:
+        """Scores of entries start to stop - 1, at the cost of those entries alone."""
+        head = self.inner.get_output_embeddings()
+        if type(head) is not nn.Linear:  # an adapter may have wrapped it
+            return head(hidden)[..., start:stop]
+        bias = None if head.bias is None else head.bias[start:stop]
+        return F.linear(hidden, head.weight[start:stop], bias)
+
+    def code_logits(
+        self, hidden: Float[Tensor, "*b h"], codes: Int[Tensor, "*b c"], stream: Stream
+    ) -> Float[Tensor, "*b c v"]:
+        """Scores of every code of a token, each given the true codes before it in the token."""
+        if self.space.codes_per_token == 1:
+            return self._single_logits(hidden, stream)[..., None, :]
+        head = self.heads[self._codebook(stream)]
+        flat = head(hidden.flatten(0, -2), codes.flatten(0, -2))
+        return flat.unflatten(0, hidden.shape[:-1])
+
+    def sample_codes(
+        self, hidden: Float[Tensor, "b h"], stream: Stream, choose: Choose
+    ) -> Int[Tensor, "b c"]:
+        """The codes of one token, chosen one after the other."""
+        if self.space.codes_per_token == 1:
+            return choose(self._single_logits(hidden, stream), 0)[:, None]
+        return self.heads[self._codebook(stream)].sample(hidden, choose)
+
+    def _single_logits(self, hidden: Float[Tensor, "*b h"], stream: Stream) -> Float[Tensor, "*b v"]:
+        first = self.space.first(stream)
+        return self.vocabulary_logits(hidden, first, first + self.space.size(stream))
+
+    def _codebook(self, stream: Stream) -> str:
+        return stream if stream in self.tables else "local"

@@ -1,0 +1,126 @@
+"""The options of the plug-in, validated, and the presets that name two sets of them."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unicompress.decompressors import HEADS, ORDERS
+from unicompress.errors import InputError
+
+CODEBOOKS = ("shared", "separate")
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """Everything that decides the plug-in's architecture and loss; `PRESETS` names two of them."""
+
+    stride: int = 2  # s
+    global_count: int = 4  # N_g
+    global_kind: str = "meta"  # a name or spec of the family global_tokens
+    compressor: str = "average"  # a name or spec of the family compressors
+    global_codebook: str = "shared"  # with the host, or a separate learned one (eq. 4)
+    local_codebook: str = "shared"
+    global_codebook_size: int | None = None  # K_g of a separate codebook; None is the host's size
+    local_codebook_size: int | None = None  # K_x
+    strides: tuple[int, ...] = ()  # further strides that random-rate training covers
+    nested: bool = False  # random-rate training also covers prefixes of the globals
+    order: str = "block"  # of the decompressor
+    head: str = "codes"
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+    parallel_steps: int = 1  # of order parallel
+    parent: bool = True  # each step is told which local token it expands
+    summary: bool = True  # the globals are also added to every step's input, slot by slot
+    residual: bool = False  # predictions start from the nearest expansion of the local tokens
+    mixing: int = 0  # convolution blocks on the local tokens before they are attended to
+    local_dropout: float = 0.0  # share of local tokens hidden in training, so that globals matter
+    teacher_noise: float = 0.0  # on what regression is fed, in deviations of the target
+    lambda_reg: float = 0.0  # of L_reg with the codes head; with regression it is 1 (eq. 8)
+    lambda_cb: float = 1.0
+    lambda_commitment: float = 0.01  # keeps learned tokens near their codebook rows
+    lambda_pixel: float = 0.0  # L1 through the host's pixel decoder
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strides", tuple(self.strides))  # a list, when read from JSON
+        for name in ("stride", "width", "depth", "heads", "parallel_steps"):
+            _in_range(name, getattr(self, name), 1)
+        for stride in self.strides:
+            _in_range("every entry of strides", stride, 1)
+        _in_range("global_count", self.global_count, 0)
+        _in_range("mixing", self.mixing, 0)
+        for name in ("global_codebook_size", "local_codebook_size"):
+            if getattr(self, name) is not None:
+                _in_range(name, getattr(self, name), 2)
+        for name in (
+            "lambda_reg",
+            "lambda_cb",
+            "lambda_commitment",
+            "lambda_pixel",
+            "teacher_noise",
+        ):
+            _in_range(name, getattr(self, name), 0.0)
+        _in_range("local_dropout", self.local_dropout, 0.0, 0.99)
+        for name, known in (
+            ("global_codebook", CODEBOOKS),
+            ("local_codebook", CODEBOOKS),
+            ("order", ORDERS),
+            ("head", HEADS),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.width % self.heads:
+            raise InputError(f"width {self.width} must be a multiple of heads {self.heads}")
+
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """All strides this plug-in is built for, ascending."""
+        return tuple(sorted({self.stride, *self.strides}))
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Weights of L_reg and L_cb in the loss."""
+        return (self.lambda_reg if self.head == "codes" else 1.0), self.lambda_cb
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing is compressed: stride 1 and no global tokens."""
+        return self.rates == (1,) and self.global_count == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, fit for JSON."""
+        return {**dataclasses.asdict(self), "strides": list(self.strides)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CodecSpec":
+        """The inverse of `to_dict`; an unknown key raises InputError naming the nearest one."""
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise InputError(f"a codec has no option {key!r}.{hint} Known: {', '.join(known)}")
+        return cls(**values)
+
+
+def _in_range(name: str, value: object, low: float, high: float = float("inf")) -> None:
+    """Check one number; whole numbers where `low` is one (True is no number here)."""
+    kinds = (int,) if isinstance(low, int) else (int, float)
+    fits = isinstance(value, kinds) and not isinstance(value, bool)
+    if not fits or not low <= value <= high:  # type: ignore[operator]
+        kind = "a whole number" if isinstance(low, int) else "a number"
+        limit = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise InputError(f"{name} must be {kind} {limit}, got {value!r}")
+
+
+PRESETS: dict[str, CodecSpec] = {
+    # The paper's words, where it has any: raster order, regression, eq. 8 with both terms.
+    "paper": CodecSpec(
+        order="raster", head="regression", lambda_cb=0.25, parent=False, summary=False
+    ),
+    "default": CodecSpec(),
+}

@@ -1,0 +1,360 @@
+"""What a model costs: time, memory and arithmetic, dense beside compressed in one process.
+
+The two models take turns, warm-up rounds are thrown away, and medians are reported: what else the
+machine does then hits both alike. Drawing is timed from prompt to pixels, so the decompressor and
+the image decoder are inside.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from unicompress.codec import ImageCodec
+from unicompress.data.images import to_tensor
+from unicompress.data.scenes import Scenes, SceneSample
+from unicompress.errors import InputError
+from unicompress.evals.generation import DEFAULT_SAMPLING
+from unicompress.evals.result import Breakdown, Figures, Progress, Result, hardware
+from unicompress.generate import Sampling, Timings
+from unicompress.unified import UnifiedModel
+
+SIDES = ("dense", "compressed")
+PARTS = tuple(field.name for field in fields(Breakdown))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured; more repeats give steadier medians."""
+
+    batch: int = 8
+    repeats: int = 5
+    warmup: int = 1
+    flops: bool = True  # counted in one extra run of each model
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.repeats) < 1 or self.warmup < 0:
+            raise InputError(
+                f"batch and repeats must be at least 1 and warmup at least 0, got {self.batch}, "
+                f"{self.repeats} and {self.warmup}"
+            )
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models of every comparison; either may be missing, then its figures are null."""
+
+    dense: UnifiedModel | None
+    compressed: UnifiedModel | None
+
+    def __iter__(self) -> Iterator[tuple[str, UnifiedModel]]:
+        sides = zip(SIDES, (self.dense, self.compressed), strict=True)
+        return ((side, model) for side, model in sides if model is not None)
+
+    @property
+    def any(self) -> UnifiedModel:
+        """One of the two, for what they share; raises InputError without any."""
+        for _, model in self:
+            return model
+        raise InputError("there is no model to measure: give a dense or a compressed one")
+
+
+def take_turns(
+    tasks: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    label: str = "timing",
+    progress: Progress | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every run of every task; the tasks alternate, and so does who goes first."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for turn in range(warmup + repeats):
+        order = list(tasks) if turn % 2 == 0 else list(reversed(tasks))
+        for name in order:
+            start = clock()
+            tasks[name]()
+            spent = clock() - start
+            if turn >= warmup:
+                seconds[name].append(spent)
+        if progress:
+            progress(label, turn + 1, warmup + repeats)
+    return seconds
+
+
+def clock() -> float:
+    """Seconds; work that a GPU still has to do is waited for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median of every task."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# The four measurements
+
+
+def bench_generation(
+    pair: Pair,
+    effort: Effort | None = None,
+    *,
+    sampling: Sampling | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Time from prompts to pixels of one batch, with its breakdown."""
+    effort, sampling = effort or Effort(), sampling or DEFAULT_SAMPLING
+    prompts = [sample.caption for sample in _samples(pair.any, effort.batch)]
+    parts: dict[str, list[Timings]] = {side: [] for side, _ in pair}
+
+    def task(side: str, model: UnifiedModel) -> Callable[[], object]:
+        def run() -> object:
+            parts[side].append(Timings())
+            return model.draw(prompts, **asdict(sampling), seed=0, timings=parts[side][-1])
+
+        return run
+
+    tasks = {side: task(side, model) for side, model in pair}
+    seconds = take_turns(
+        tasks, repeats=effort.repeats, warmup=effort.warmup, label="drawing", progress=progress
+    )
+    found = medians(seconds)
+    flops = _flops(tasks, effort)
+    longest = max(len(model._ids(prompt)) for _, model in pair for prompt in prompts)
+    return _result(
+        pair,
+        effort,
+        "generation",
+        {side: {"generation_seconds": found[side]} for side in found},
+        {
+            side: _breakdown(parts[side][effort.warmup : effort.warmup + effort.repeats])
+            for side in found
+        },
+        prompt_tokens=longest,
+        details={"seconds": seconds, "flops": flops, "sampling": sampling},
+    )
+
+
+def bench_understanding(
+    pair: Pair, effort: Effort | None = None, *, progress: Progress | None = None
+) -> Result:
+    """Time to answer one question about each picture of a batch."""
+    effort = effort or Effort()
+    samples = _samples(pair.any, effort.batch)
+    pixels, questions = _pixels(samples), [sample.questions[0].text for sample in samples]
+    tasks = {
+        side: (
+            lambda model=model: model.answer(pixels.to(model.device), questions, max_new_tokens=4)
+        )
+        for side, model in pair
+    }
+    seconds = take_turns(
+        tasks, repeats=effort.repeats, warmup=effort.warmup, label="answering", progress=progress
+    )
+    found = medians(seconds)
+    return _result(
+        pair,
+        effort,
+        "understanding",
+        {side: {"understanding_seconds": found[side]} for side in found},
+        details={"seconds": seconds, "flops": _flops(tasks, effort)},
+    )
+
+
+def bench_training(
+    pair: Pair, effort: Effort | None = None, *, progress: Progress | None = None
+) -> Result:
+    """Time of one stage-two step: both losses, backward, and an optimiser step of length zero."""
+    effort = effort or Effort()
+    samples = _samples(pair.any, effort.batch, split="train")
+    pixels = _pixels(samples)
+    with _trainers(pair) as optimisers:
+
+        def task(side: str, model: UnifiedModel) -> Callable[[], object]:
+            return lambda: _training_step(model, optimisers[side], pixels, samples)
+
+        tasks = {side: task(side, model) for side, model in pair}
+        seconds = take_turns(
+            tasks, repeats=effort.repeats, warmup=effort.warmup, label="training", progress=progress
+        )
+        flops = _flops(tasks, effort)
+    found = medians(seconds)
+    return _result(
+        pair,
+        effort,
+        "training",
+        {side: {"training_step_seconds": found[side]} for side in found},
+        details={"seconds": seconds, "flops": flops},
+    )
+
+
+def bench_decompressor(
+    pair: Pair, effort: Effort | None = None, *, progress: Progress | None = None
+) -> Result:
+    """Time of the decompressor alone: as trained, without its cache, and in the other orders.
+
+    The other orders and heads have random weights: their time does not depend on them.
+    """
+    effort = effort or Effort()
+    model = pair.compressed
+    if model is None or model.codec is None:
+        raise InputError("there is no decompressor to time: give a compressed model")
+    trained = model.codec
+    codes = trained.encode(_pixels(_samples(model, effort.batch)).to(model.device))
+    dense = trained.decompress(codes)
+    tasks: dict[str, Callable[[], object]] = {
+        "trained": lambda: trained.decompress(codes),
+        "trained_without_cache": lambda: trained.decompress(codes, use_cache=False),
+        "image_decoder": lambda: model.tokenizer.decode(dense),
+    }
+    for order in ("raster", "block", "parallel"):
+        for head in ("codes", "regression"):
+            variant = _untrained(trained, order, head)
+            tasks[f"{order}/{head}"] = lambda variant=variant: variant.decompress(codes)
+    with torch.no_grad():
+        seconds = take_turns(
+            tasks,
+            repeats=effort.repeats,
+            warmup=effort.warmup,
+            label="decompressor",
+            progress=progress,
+        )
+    found = medians(seconds)
+    breakdown = Breakdown(decompressor=found["trained"], image_decoder=found["image_decoder"])
+    return _result(
+        pair,
+        effort,
+        "decompressor",
+        {},
+        {"compressed": breakdown},
+        details={"medians": found, "seconds": seconds},
+    )
+
+
+BENCHES: dict[str, Callable[..., Result]] = {
+    "generation": bench_generation,
+    "understanding": bench_understanding,
+    "training": bench_training,
+    "decompressor": bench_decompressor,
+}
+
+
+# What they are made of
+
+
+def kv_cache_bytes(model: UnifiedModel, prompt_tokens: int = 0) -> int:
+    """Keys and values of one picture with its prompt, without a second branch for guidance."""
+    config = model.backbone.inner.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = next(model.backbone.parameters()).element_size()
+    positions = prompt_tokens + model.interface_tokens
+    return int(2 * config.num_hidden_layers * heads * head_dim * item * positions)
+
+
+def count_flops(task: Callable[[], object]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention in one run."""
+    with FlopCounterMode(display=False) as counter:
+        task()
+    return int(counter.get_total_flops())
+
+
+def _flops(tasks: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, int] | None:
+    if not effort.flops:
+        return None
+    return {side: count_flops(task) for side, task in tasks.items()}
+
+
+def _samples(model: UnifiedModel, count: int, split: str = "test") -> list[SceneSample]:
+    data = Scenes(split, size=model.tokenizer.spec.image_size)
+    return [data[index] for index in range(count)]
+
+
+def _pixels(samples: Iterable[SceneSample]) -> Tensor:
+    return torch.stack([to_tensor(sample.pixels) for sample in samples])
+
+
+def _breakdown(timings: Sequence[Timings]) -> Breakdown:
+    return Breakdown(
+        **{part: statistics.median(getattr(t, part) for t in timings) for part in PARTS}
+    )
+
+
+@contextmanager
+def _trainers(pair: Pair) -> Iterator[dict[str, torch.optim.Optimizer]]:
+    """Optimisers that change nothing, with both models in training mode inside the block only."""
+    modes = {side: model.training for side, model in pair}
+    try:
+        yield {
+            # A step of length zero does all the work and leaves every weight as it was.
+            side: torch.optim.AdamW(model.train().trainable_parameters(), lr=0.0, weight_decay=0.0)
+            for side, model in pair
+        }
+    finally:
+        for side, model in pair:
+            model.train(modes[side])
+            model.zero_grad(set_to_none=True)
+
+
+def _training_step(
+    model: UnifiedModel,
+    optimiser: torch.optim.Optimizer,
+    pixels: Tensor,
+    samples: Sequence[SceneSample],
+) -> None:
+    pixels = pixels.to(model.device)
+    questions = [[question.text for question in sample.questions] for sample in samples]
+    answers = [[question.answer for question in sample.questions] for sample in samples]
+    loss = model.understanding_loss(pixels, questions, answers).loss
+    loss = loss + model.generation_loss(pixels, [sample.caption for sample in samples]).loss
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def _untrained(trained: ImageCodec, order: str, head: str) -> ImageCodec:
+    """A codec of the same size around the same host, with another order and head."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        codec = ImageCodec(trained.tokenizer, replace(trained.spec, order=order, head=head))
+    return codec.to(trained.tokenizer.device).eval()
+
+
+def _result(
+    pair: Pair,
+    effort: Effort,
+    what: str,
+    figures: Mapping[str, Mapping[str, float]],
+    breakdowns: Mapping[str, Breakdown] | None = None,
+    *,
+    prompt_tokens: int = 0,
+    details: Mapping[str, Any],
+) -> Result:
+    """The measured figures in the fixed shape, with what is known without measuring."""
+    sides = {
+        side: Figures(
+            tokens_per_image=model.tokens_per_image,
+            interface_tokens=model.interface_tokens,
+            kv_cache_bytes=kv_cache_bytes(model, prompt_tokens),
+            **figures.get(side, {}),  # type: ignore[arg-type]
+        )
+        for side, model in pair
+    }
+    parts = breakdowns or {}
+    return Result(
+        command=f"unicompress bench {what}",
+        dense=sides.get("dense", Figures()),
+        compressed=sides.get("compressed", Figures()),
+        dense_breakdown=parts.get("dense", Breakdown()),
+        compressed_breakdown=parts.get("compressed", Breakdown()),
+        hardware=hardware(pair.any.device),
+        details={what: {"effort": effort, "prompt_tokens": prompt_tokens, **details}},
+    )

@@ -1,0 +1,106 @@
+"""Language models of known shapes with random weights: their cost is that of trained ones."""
+
+import difflib
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from unicompress.backbones.text import build_text_tokenizer
+from unicompress.codec import ImageCodec
+from unicompress.data.scenes import Scenes
+from unicompress.errors import InputError
+from unicompress.evals.cost import Pair
+from unicompress.tokenizers.base import ImageTokenizer
+from unicompress.unified import UnifiedModel
+
+POSITIONS = 2048
+
+
+@dataclass(frozen=True)
+class LMShape:
+    """What decides the cost of a Llama-like language model."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    head_dim: int = 64
+
+
+# From the config.json of the released models. Qwen's bias terms are left out: they cost nothing.
+LMS = {
+    "tiny": LMShape(64, 128, 2, 4, 2, 512, head_dim=16),
+    "reference": LMShape(256, 768, 6, 4, 4, 512),
+    "smollm2-135m": LMShape(576, 1536, 30, 9, 3, 49152),
+    "smollm2-360m": LMShape(960, 2560, 32, 15, 5, 49152),
+    "qwen2.5-0.5b": LMShape(896, 4864, 24, 14, 2, 151936),
+    "llama-3.2-1b": LMShape(2048, 8192, 16, 32, 8, 128256),
+    "qwen2.5-1.5b": LMShape(1536, 8960, 28, 12, 2, 151936, head_dim=128),
+    "llama-3.2-3b": LMShape(3072, 8192, 28, 24, 8, 128256, head_dim=128),
+    "llama-3.1-8b": LMShape(4096, 14336, 32, 32, 8, 128256, head_dim=128),
+}
+
+
+def random_lm(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A language model of a known shape; raises InputError that names the nearest known one."""
+    shape = LMS.get(name.lower())
+    if shape is None:
+        close = difflib.get_close_matches(name.lower(), LMS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"unknown language model shape {name!r}.{hint} Known: {', '.join(LMS)}")
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+        dtype=dtype,
+    )
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def random_pair(
+    name: str,
+    *,
+    tokenizer: ImageTokenizer,
+    codec: ImageCodec,
+    text_tokenizer: PreTrainedTokenizerFast | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Pair:
+    """A dense and a compressed model around one host and one language model of a known shape.
+
+    Both share the same language model in memory, which is only possible because it is not trained.
+    """
+    text = text_tokenizer or caption_tokenizer(tokenizer.spec.image_size)
+    lm = random_lm(name, dtype=dtype, device=tokenizer.device)
+    models = [
+        UnifiedModel.from_parts(tokenizer=tokenizer, codec=plugin, lm=lm, text_tokenizer=text)
+        for plugin in (None, codec)
+    ]
+    for model in models:
+        model.backbone.to(device=tokenizer.device, dtype=dtype)
+    return Pair(dense=models[0].eval(), compressed=models[1].eval())
+
+
+def caption_tokenizer(size: int = 64, vocabulary: int = 400) -> PreTrainedTokenizerFast:
+    """A small text tokenizer that knows the words of scenes."""
+    data = Scenes("train", size=size)
+    samples = [data[index] for index in islice(range(200), 200)]
+    texts = [text for s in samples for text in (s.caption, *(q.text for q in s.questions))]
+    return build_text_tokenizer(texts, vocabulary)

@@ -1,0 +1,42 @@
+"""The small trained pair that ships with the package: `load("dense")` and `load("compressed")`."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from unicompress.errors import CheckpointError, InputError
+from unicompress.unified import UnifiedModel
+
+NAMES = ("dense", "compressed")
+ABOUT = (
+    "The reference models were trained from scratch by recipes/reference/ with equal data order, "
+    "optimiser steps and seed, one run each; docs/results has the comparison at equal time.",
+)
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def folder(name: str) -> Path:
+    """Where a reference model lies; raises InputError (unknown) or CheckpointError (not there)."""
+    if name not in NAMES:
+        raise InputError(f"unknown reference model {name!r}: use one of {', '.join(NAMES)}")
+    path = WEIGHTS / name
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"the reference model {name!r} is not in {path}: reinstall unicompress, or train it "
+            "with the recipes in recipes/reference/"
+        )
+    return path
+
+
+def available() -> bool:
+    """Whether both reference models are there."""
+    return all((WEIGHTS / name / "config.json").is_file() for name in NAMES)
+
+
+def load(
+    name: Literal["dense", "compressed"], *, device: torch.device | str = "cpu"
+) -> UnifiedModel:
+    """A reference model in float32 (it is stored in bfloat16), ready for use."""
+    model: UnifiedModel = UnifiedModel.from_pretrained(folder(name))
+    return model.float().to(device).eval()

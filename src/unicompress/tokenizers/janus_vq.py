@@ -1,0 +1,138 @@
+"""The LlamaGen / Janus tokenizer: a convolutional VQ autoencoder with one cosine codebook.
+
+The network is transformers' `JanusVQVAE`; ours are the tap, the quantiser and the manifold:
+
+* X is tapped before `quant_conv` (a 1x1 convolution, so average pooling commutes with it), where it
+  is `latent_channels` wide instead of the 8 channels of code space.
+* The quantiser is the official one, nearest by cosine. The `encode` of transformers 5 compares raw
+  distances instead and gives other codes for codebook rows that are not of unit length.
+* The pixel decoder only ever saw unit vectors, so its manifold is `l2`.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.janus.configuration_janus import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
+
+from unicompress.errors import InputError
+from unicompress.tokenizers.base import ImageTokenizer, tokenizers
+from unicompress.tokens import Grid, TokenSpec
+
+
+@tokenizers.register("janus_vq")
+class JanusVQ(ImageTokenizer):
+    """Single-codebook VQ host; the defaults are the small reference (64 px, 16 x 16 tokens).
+
+    `patch` folds patch x patch pixels into channels before the first convolution, which makes the
+    reference affordable on a CPU; the released LlamaGen and Janus networks have `patch=1`.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 64,
+        patch: int = 2,
+        base_channels: int = 32,
+        channel_multiplier: tuple[int, ...] = (1, 2),
+        latent_channels: int = 128,
+        code_dim: int = 8,
+        codebook_size: int = 512,
+        res_blocks: int = 1,
+    ):
+        super().__init__()
+        factor = patch * 2 ** (len(channel_multiplier) - 1)
+        if image_size % factor:
+            raise InputError(
+                f"image_size {image_size} is not a multiple of {factor} (patch times downsampling): "
+                f"choose {math.ceil(image_size / factor) * factor}"
+            )
+        if base_channels % 32:
+            raise InputError(f"base_channels must be a multiple of 32, got {base_channels}")
+        self.image_size = image_size
+        self.patch = patch
+        self.base_channels = base_channels
+        self.channel_multiplier = tuple(channel_multiplier)
+        self.latent_channels = latent_channels
+        self.code_dim = code_dim
+        self.codebook_size = codebook_size
+        self.res_blocks = res_blocks
+        side = image_size // factor
+        self.spec = TokenSpec(
+            grid=Grid(side, side),
+            dim=latent_channels,
+            code_dim=code_dim,
+            codes_per_token=1,
+            codebook_size=codebook_size,
+            image_size=image_size,
+            manifold="l2",
+        )
+        self.vq = JanusVQVAE(
+            JanusVQVAEConfig(
+                embed_dim=code_dim,
+                num_embeddings=codebook_size,
+                latent_channels=latent_channels,
+                base_channels=base_channels,
+                channel_multiplier=list(channel_multiplier),
+                num_res_blocks=res_blocks,
+                num_patches=side,
+                in_channels=3 * patch * patch,
+                out_channels=3 * patch * patch,
+            )
+        )
+
+    def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b t d"]:
+        size = self.spec.image_size
+        if tuple(pixels.shape[-2:]) != (size, size):
+            raise InputError(
+                f"this tokenizer reads {size}x{size} pictures, got "
+                f"{pixels.shape[-2]}x{pixels.shape[-1]}: resize them first"
+            )
+        field = self.vq.encoder(F.pixel_unshuffle(pixels, self.patch))
+        return rearrange(field, "b d rows columns -> b (rows columns) d")
+
+    def to_code_space(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
+        """The 1x1 `quant_conv`, per token, before normalisation."""
+        conv = self.vq.quant_conv
+        return F.linear(tokens, conv.weight[:, :, 0, 0], conv.bias)
+
+    def dense_target(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
+        return F.normalize(self.to_code_space(tokens), dim=-1)
+
+    def codebook(self) -> Float[Tensor, "v e"]:
+        """The codebook as unit vectors."""
+        return F.normalize(self.vq.quantize.embedding.weight, dim=-1)
+
+    def quantize(
+        self, tokens: Float[Tensor, "b n d"]
+    ) -> tuple[Int[Tensor, "b n c"], Float[Tensor, "b n e"]]:
+        codes = (self.to_code_space(tokens) @ self.codebook().T).argmax(-1, keepdim=True)
+        return codes, self.embed(codes)
+
+    def embed(self, codes: Int[Tensor, "b n c"]) -> Float[Tensor, "b n e"]:
+        return F.normalize(self.vq.quantize.embedding(codes[..., 0]), dim=-1)
+
+    def pixels(self, dense: Float[Tensor, "b t e"]) -> Float[Tensor, "b 3 h w"]:
+        return self.raw_pixels(dense).clamp(-1, 1)
+
+    def raw_pixels(self, dense: Float[Tensor, "b t e"]) -> Float[Tensor, "b 3 h w"]:
+        """Decoder output without the clamp, for training the host itself."""
+        grid = self.spec.grid
+        if dense.shape[1] != grid.length:
+            raise InputError(
+                f"the decoder takes {grid.length} dense tokens ({grid.rows}x{grid.columns}), got {dense.shape[1]}"
+            )
+        field = rearrange(dense, "b (rows columns) e -> b e rows columns", rows=grid.rows)
+        return F.pixel_shuffle(self.vq.decoder(self.vq.post_quant_conv(field)), self.patch)
+
+    @classmethod
+    def tiny(cls) -> "JanusVQ":
+        torch_state = torch.random.get_rng_state()
+        torch.manual_seed(0)
+        tokenizer = cls(image_size=16, latent_channels=16, code_dim=4, codebook_size=32)
+        torch.random.set_rng_state(torch_state)
+        return tokenizer

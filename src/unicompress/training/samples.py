@@ -1,0 +1,152 @@
+"""Samples of all the data a recipe names, as one sequence mixed by weight."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unicompress.data.scenes import Scenes, phrases
+from unicompress.errors import RecipeError
+from unicompress.training.feed import Place, seed_of
+from unicompress.training.recipe import Data, EasyVQAData, SceneData, StreamData
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image (uint8 [size, size, 3]) with the texts that are known for it."""
+
+    pixels: NDArray[np.uint8]
+    caption: str | None = None
+    phrases: tuple[str, ...] = ()  # parts of the caption that hold on their own
+    questions: tuple[tuple[str, str], ...] = ()  # with their answers
+
+
+class Source(ABC):
+    """One entry of a recipe's data."""
+
+    captioned: bool
+    questioned: bool
+
+    @abstractmethod
+    def at(self, index: int) -> Sample:
+        """The sample of a place; a stream gives its next one wherever it is asked for."""
+
+    def state(self) -> dict[str, Any]:
+        """The place in a stream."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to a place that `state` described."""
+
+    def skipped(self) -> list[str]:
+        """What could not be read since the last call, by name and reason."""
+        return []
+
+
+class SceneSource(Source):
+    """The generated scenes."""
+
+    captioned = questioned = True
+
+    def __init__(self, *, size: int, seed: int = 0, questions: int = 0, split: str = "train"):
+        self.scenes = Scenes(split, seed=seed, size=size, questions_per_image=questions)
+
+    def at(self, index: int) -> Sample:
+        sample = self.scenes[index]
+        return Sample(
+            pixels=sample.pixels,
+            caption=sample.caption,
+            phrases=tuple(phrases(sample.scene)),
+            questions=tuple((question.text, question.answer) for question in sample.questions),
+        )
+
+
+class Mixture:
+    """Sources mixed by weight; which one serves a place depends on (seed, place) alone."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], *, seed: int):
+        self.sources = list(sources)
+        self.limits = np.cumsum(weights) / np.sum(weights)
+        self.seed = seed
+
+    def at(self, index: int) -> Sample:
+        """The sample of a place."""
+        if len(self.sources) == 1:
+            return self.sources[0].at(index)
+        draw = np.random.default_rng(seed_of(self.seed, index)).random()
+        return self.sources[int(np.searchsorted(self.limits, draw, side="right"))].at(index)
+
+    def state(self) -> dict[str, Any]:
+        """The places in the streams; empty where there are none."""
+        states = [source.state() for source in self.sources]
+        return {"sources": states} if any(states) else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to the places that `state` described."""
+        for source, place in zip(self.sources, state["sources"], strict=True):
+            if place:
+                source.restore(place)
+
+    def skipped(self) -> list[str]:
+        """What could not be read since the last call, by name and reason."""
+        return [line for source in self.sources for line in source.skipped()]
+
+
+def mixture(
+    data: Sequence[Data],
+    *,
+    size: int,
+    seed: int,
+    place: Place,
+    questions: int = 0,
+    need: str | None = None,
+) -> Mixture:
+    """Build the sources of a recipe for images of `size` pixels.
+
+    `need` keeps only sources with "captions", "questions" or "texts" (either); RecipeError where
+    none has them.
+    """
+    kept, weights = [], []
+    for entry in data:
+        source = _source(entry, size=size, seed=seed, place=place, questions=questions)
+        has = {"captions": source.captioned, "questions": source.questioned}
+        has["texts"] = any(has.values())
+        if need is None or has[need]:
+            kept.append(source)
+            weights.append(entry.weight)
+    if not kept:
+        raise RecipeError(f"no entry of data has {need}: add one, or name the columns that hold them")
+    return Mixture(kept, weights, seed=seed)
+
+
+def _source(entry: Data, *, size: int, seed: int, place: Place, questions: int) -> Source:
+    if isinstance(entry, SceneData):
+        return SceneSource(
+            size=size, seed=entry.seed + seed, questions=questions, split=entry.split
+        )
+    if isinstance(entry, EasyVQAData):
+        from unicompress.training.outside import EasyVQASource
+
+        return EasyVQASource(size=size, seed=seed, questions=questions)
+    assert isinstance(entry, StreamData)
+    from unicompress.training.outside import StreamSource
+
+    return StreamSource(entry, size=size, seed=seed, place=place)
+
+
+def to_pixels(samples: Sequence[Sample]) -> Float[Tensor, "b 3 h w"]:
+    """The samples' images in [-1, 1]."""
+    images = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def scene_images(count: int, *, size: int, split: str = "val") -> Float[Tensor, "b 3 h w"]:
+    """The first images of a split of the scenes, in [-1, 1]."""
+    source = SceneSource(size=size, split=split)
+    return to_pixels([source.at(index) for index in range(count)])
