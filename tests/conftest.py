@@ -64,7 +64,9 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     def only_local(self: socket.socket, address: Any) -> None:
         host = address[0] if isinstance(address, tuple) else "local"
         if self.family != socket.AF_UNIX and host not in ("127.0.0.1", "::1", "localhost"):
-            raise RuntimeError(f"a test tried to reach {address}: mark it network or fake the answer")
+            raise RuntimeError(
+                f"a test tried to reach {address}: mark it network or fake the answer"
+            )
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", only_local)

@@ -356,7 +356,7 @@ def _check_plain(value: object, where: str) -> None:
             _check_plain(key, f"a key of {where}")
             _check_plain(entry, f"{where}[{key!r}]")
     elif type(value) in (list, tuple, set):
-        for place, entry in enumerate(value):  # type: ignore[arg-type, var-annotated]
+        for place, entry in enumerate(value):  # type: ignore[arg-type]
             _check_plain(entry, f"{where}[{place}]")
     else:
         raise CheckpointError(

@@ -61,7 +61,7 @@ def codec_loss(
         loss = F.cross_entropy(
             prediction[asked].flatten(0, 1).float(), target.codes[asked].flatten()
         )
-        guesses = prediction.detach().argmax(-1)
+        guesses: Tensor | None = prediction.detach().argmax(-1)
     else:
         dense = host.on_manifold(prediction)
         loss = F.mse_loss(dense[asked], target.rows[asked])
@@ -76,6 +76,7 @@ def codec_loss(
         + spec.weights[1] * loss
         + spec.lambda_commitment * commitment
         + spec.lambda_pixel * pixel
+        + spec.lambda_spread * _likeness(streams["global"].tokens)
     )
     terms = {"regression": regression, "codebook": loss, "commitment": commitment, "pixel": pixel}
     logs = {name: value.detach() for name, value in {"total": total, **terms}.items()}
@@ -83,6 +84,16 @@ def codec_loss(
         logs["accuracy"] = (guesses == target.codes)[asked].float().mean()
     logs.update(_stream_logs(streams, codebook_sizes))
     return CodecLoss(total=total, **terms, logs=logs, streams=streams)
+
+
+def _likeness(tokens: Float[Tensor, "b g e"]) -> Float[Tensor, ""]:
+    """How alike the images' globals are, slot by slot: 1 if all point one way, 0 if balanced.
+
+    Left alone, the globals of all images drift towards one code, which then says nothing.
+    """
+    if not tokens.shape[1]:
+        return tokens.new_zeros(())
+    return F.normalize(tokens, dim=-1).mean(dim=0).square().sum(dim=-1).mean()
 
 
 def _expected(
@@ -119,6 +130,7 @@ def _stream_logs(streams: Mapping[str, Requantized], sizes: Mapping[str, int]) -
     globals_ = streams["global"].codes
     if globals_.shape[1]:
         distinct = distinct_codes_per_slot(globals_).float()
+        logs["global_likeness"] = _likeness(streams["global"].tokens.detach())
         logs["distinct_codes_per_slot"] = distinct.mean()
         for slot, count in enumerate(distinct.mean(-1)):
             logs[f"distinct_codes_slot_{slot}"] = count

@@ -41,9 +41,12 @@ class CodecSpec:
     lambda_reg: float = 0.0  # of L_reg with the codes head; with regression it is 1 (eq. 8)
     lambda_cb: float = 1.0
     lambda_commitment: float = 0.01  # keeps learned tokens near their codebook rows
+    lambda_spread: float = 0.1  # keeps each global slot from saying the same of every image
     lambda_pixel: float = 0.0  # L1 through the host's pixel decoder
 
     def __post_init__(self) -> None:
+        if not isinstance(self.strides, (list, tuple)):
+            raise InputError(f"strides must be a list of whole numbers, got {self.strides!r}")
         object.__setattr__(self, "strides", tuple(self.strides))  # a list, when read from JSON
         for name in ("stride", "width", "depth", "heads", "parallel_steps"):
             _in_range(name, getattr(self, name), 1)
@@ -59,6 +62,7 @@ class CodecSpec:
             "lambda_cb",
             "lambda_commitment",
             "lambda_pixel",
+            "lambda_spread",
             "teacher_noise",
         ):
             _in_range(name, getattr(self, name), 0.0)
@@ -120,7 +124,12 @@ def _in_range(name: str, value: object, low: float, high: float = float("inf")) 
 PRESETS: dict[str, CodecSpec] = {
     # The paper's words, where it has any: raster order, regression, eq. 8 with both terms.
     "paper": CodecSpec(
-        order="raster", head="regression", lambda_cb=0.25, parent=False, summary=False
+        order="raster",
+        head="regression",
+        lambda_cb=0.25,
+        lambda_spread=0.0,
+        parent=False,
+        summary=False,
     ),
     "default": CodecSpec(),
 }

@@ -1,4 +1,4 @@
-"""The last maps of the decompressor: hidden states to dense tokens, or to logits over host codes."""
+"""The last maps of the decompressor: to dense tokens, or to logits over the host's codes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

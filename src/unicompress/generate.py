@@ -1,4 +1,4 @@
-"""Writing with the language model, one cached step at a time: answers, and the codes of pictures."""
+"""Writing with the language model, one cached step at a time: answers, and codes of pictures."""
 
 import contextlib
 import math
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unicompress.backbones.base import Backbone, Stream
+from unicompress.backbones.base import Backbone, Choose, Stream
 from unicompress.errors import InputError
 from unicompress.sequence import PADDING, SHARED, ImageLayout, PackedText, pad_left, visible
 
@@ -96,6 +96,10 @@ class Sampling:
             codes = torch.searchsorted(order, uniform[:, None] * order[:, -1:], right=True)[:, 0]
         return codes.repeat(2) if self.guided else codes
 
+    def chooser(self, uniforms: Float[Tensor, "b c"]) -> Choose:
+        """`choose` for the codes of one token, each with its own column of `uniforms`."""
+        return lambda logits, number: self.choose(logits, uniforms[:, number])
+
     def probabilities(self, logits: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
         """Probabilities after temperature, top-k and top-p (not guidance); zero where cut off."""
         scores = logits / self.temperature
@@ -156,11 +160,8 @@ def draw_codes(
         done, part = stop, "lm_steps"
         stream: Stream = "global" if index < layout.global_count else "local"
         with measured(timings, "head"):
-            codes = backbone.sample_codes(
-                hidden[:, -1],
-                stream,
-                lambda logits, number, step=index: sampling.choose(logits, uniforms[:, step, number]),
-            )
+            choose = sampling.chooser(uniforms[:, index])
+            codes = backbone.sample_codes(hidden[:, -1], stream, choose)
         chosen.append(codes[: len(prompts)])
         fed = backbone.embed_codes(codes[:, None], stream)
         if index + 1 == layout.global_count:

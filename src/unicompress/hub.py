@@ -9,7 +9,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from unicompress.errors import CheckpointError
 
 # The HTTP library below huggingface_hub changes; its errors share a base with the hub's own.
-NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
+NETWORK_ERRORS: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
+
+HUB_ERRORS: tuple[type[BaseException], ...] = (HFValidationError, *NETWORK_ERRORS)
 
 
 def fetch_folder(source: Path | str, files: Sequence[str], *, revision: str | None = None) -> Path:
@@ -42,7 +44,7 @@ def upload_folder(
     try:
         address = api.create_repo(hub_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, revision=revision)
-    except (HFValidationError, *NETWORK_ERRORS) as error:
+    except HUB_ERRORS as error:
         raise CheckpointError(
             f"cannot upload to {hub_id} ({_first_sentence(error)}): check the name, the network, "
             "and that you are logged in (hf auth login)"

@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -179,11 +179,12 @@ class GridMixer(nn.Module):
 
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.inner = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
-        self.outer = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
-        for convolution in self.outer:
+        outer = [nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)]
+        for convolution in outer:
             nn.init.zeros_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
+            nn.init.zeros_(cast(Tensor, convolution.bias))
+        self.inner = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
+        self.outer = nn.ModuleList(outer)
 
     def forward(self, tokens: Float[Tensor, "b n w"], grid: Grid) -> Float[Tensor, "b n w"]:
         """Mix each token with its neighbors on the grid."""
@@ -221,8 +222,8 @@ def to_cells(field: Float[Tensor, "b t d"], grid: Grid, stride: int) -> Float[Te
 
 
 def from_cells(
-    cells: Float[Tensor, "b m k *d"], grid: Grid, stride: int
-) -> Float[Tensor, "b t *d"]:
+    cells: Shaped[Tensor, "b m k *d"], grid: Grid, stride: int
+) -> Shaped[Tensor, "b t *d"]:
     """Inverse of `to_cells`; also for children with more than one trailing axis."""
     if stride == 1:
         return cells.squeeze(2)
@@ -238,8 +239,8 @@ def cell_mask(grid: Grid, stride: int) -> Bool[Tensor, "m k"]:
     return to_cells(torch.ones(1, grid.length, 1), grid, stride)[0, :, :, 0] > 0
 
 
-def parent_index(grid: Grid, stride: int) -> Tensor:
-    """For every place of the dense grid in raster order, the cell it lies in; int64 [t]."""
+def parent_index(grid: Grid, stride: int) -> Int[Tensor, " t"]:
+    """For every place of the dense grid in raster order, the cell it lies in."""
     rows = torch.arange(grid.rows) // stride
     columns = torch.arange(grid.columns) // stride
     return (rows[:, None] * grid.pooled(stride).columns + columns).flatten()

@@ -1,4 +1,4 @@
-"""What stage two minimises: cross-entropy of answers behind an image, and of codes behind a caption."""
+"""What stage two minimises: cross-entropy of answers to an image and of codes to a caption."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,7 @@ class LossOutput:
     logs: dict[str, float | Tensor]
 
 
-def answer_loss(
-    backbone: Backbone, image: Float[Tensor, "b i h"], text: PackedText
-) -> LossOutput:
+def answer_loss(backbone: Backbone, image: Float[Tensor, "b i h"], text: PackedText) -> LossOutput:
     """Cross-entropy of the answer tokens; logits are computed where there is a target only."""
     states = read_text(backbone, image, text)
     wanted = text.targets != IGNORED

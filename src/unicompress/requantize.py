@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +35,11 @@ def quiet(module: nn.Module) -> Iterator[None]:
             part.training = True
         for weight in learning:
             weight.requires_grad_(True)
+
+
+def exact(device: torch.device) -> torch.autocast:
+    """Block without autocast: in bfloat16 the nearest row is often another one."""
+    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Requantizer(nn.Module):
     def codebook_size(self, stream: str) -> int:
         """Entries that a code of the stream chooses from: K_g or K_x."""
         if stream in self.codebooks:
-            return int(self.codebooks[stream].size)
+            return self._book(stream).size
         return self._host[0].spec.codebook_size
 
     def code_space(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
@@ -84,13 +90,22 @@ class Requantizer(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b n d"], stream: str, *, plain: bool) -> Requantized:
         """Quantise and look up, straight-through; `plain` insists on the host's own quantiser."""
+        with exact(tokens.device):
+            return self._forward(tokens.to(self.code_dtype), stream, plain)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The precision of the host, in which codes are found."""
+        return next(self._host[0].parameters()).dtype
+
+    def _forward(self, tokens: Tensor, stream: str, plain: bool) -> Requantized:
         soft = self.code_space(tokens)
         nothing = soft.new_zeros(())
         if tokens.shape[1] == 0:
             shape = (*tokens.shape[:2], self._host[0].spec.codes_per_token)
             return Requantized(soft, tokens.new_zeros(shape, dtype=torch.long), soft, nothing)
         if stream in self.codebooks and not plain:
-            own = self.codebooks[stream](soft)
+            own = self._book(stream)(soft)
             return Requantized(soft, own.codes, own.embeds, own.loss)
         codes, rows = self._host[0].quantize(tokens)
         if not soft.requires_grad:
@@ -104,7 +119,7 @@ class Requantizer(nn.Module):
         """Codes of one stream to rows; raises InputError for codes out of range."""
         self.check(codes, stream, plain=plain)
         own = stream in self.codebooks and not plain
-        return (self.codebooks[stream] if own else self._host[0]).embed(codes)
+        return self._book(stream).embed(codes) if own else self._host[0].embed(codes)
 
     def check(self, codes: Int[Tensor, "b n c"], stream: str, *, plain: bool) -> None:
         """Raise InputError unless every code of the stream is an entry of its codebook."""
@@ -120,13 +135,16 @@ class Requantizer(nn.Module):
     ) -> None:
         """Set the rows of a separate codebook from a batch; nothing to do for a shared one."""
         if stream in self.codebooks:
-            self.codebooks[stream].initialize(self.code_space(tokens), generator)
+            self._book(stream).initialize(self.code_space(tokens), generator)
 
     def update(self, streams: dict[str, Requantized], generator: torch.Generator) -> int:
         """Move separate codebooks towards the tokens of a step; returns how many rows revived."""
         revived = 0
-        for stream, book in self.codebooks.items():
+        for stream in self.codebooks:
             if streams[stream].codes.shape[1]:
                 tokens = streams[stream].tokens.detach()
-                revived += book.update(tokens, streams[stream].codes, generator)
+                revived += self._book(stream).update(tokens, streams[stream].codes, generator)
         return revived
+
+    def _book(self, stream: str) -> Codebook:
+        return cast(Codebook, self.codebooks[stream])

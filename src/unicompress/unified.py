@@ -1,106 +1,53 @@
 """Everything joined: one language model that reads images and draws images."""
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from unicompress.backbones.base import CodeSpace
-from unicompress.backbones.causal_lm import CausalLM
-from unicompress.backbones.projectors import projectors
-from unicompress.checkpoint import load_into, load_safetensors, read_json, save_safetensors
-from unicompress.codec import CodecSpec, ImageCodec
+from unicompress.backbones.causal_lm import check_causal_lm, vocabulary
+from unicompress.checkpoint import load_safetensors, read_json, save_safetensors
+from unicompress.codec import ImageCodec
 from unicompress.errors import CheckpointError, InputError
+from unicompress.export import export_plain_lm
 from unicompress.generate import Sampling, Timings, draw_codes, measured, noise, write_answers
 from unicompress.hub import fetch_folder
 from unicompress.losses import LossOutput, answer_loss, code_loss
-from unicompress.sequence import ImageLayout, pack_text
+from unicompress.sequence import pack_text
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
+from unicompress.unified_parts import (
+    UnifiedConfig,
+    check_options,
+    code_space,
+    load_part,
+    merged_lm,
+    plain_state,
+    untied,
+)
+
+__all__ = ["DESCRIBE", "LossOutput", "Timings", "UnifiedConfig", "UnifiedModel"]
 
 DESCRIBE = "describe the picture"
-SOURCES = ("continuous", "quantized")
-LOSSES = ("slot", "vocabulary")
 FORMAT = "unicompress-model-1"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-class UnifiedConfig(PreTrainedConfig):
-    """What rebuilds a unified model: its parts as plain values."""
-
-    model_type = "unicompress"
-
-    lm: dict[str, Any] | None = None  # the language model's own configuration
-    tokenizer: str = ""  # spec of the host, as in `tokenizers.build`
-    codec: dict[str, Any] | None = None  # CodecSpec; None: the dense model
-    projector: str = "local"
-    understanding_source: str = "continuous"
-    code_loss: str = "slot"
-    text_size: int = 0
-    attention: str = "sdpa"
-
-
-class UnifiedModel(PreTrainedModel):
+class UnifiedModel(UnifiedBase):
     """An image tokenizer, a codec (None: the dense model) and any Hugging Face causal LM.
 
     Understanding reads continuous {G, X^} through a projector, generation emits codes. Tokenizer
     and codec stay frozen and in evaluation mode whatever happens to the rest.
     """
-
-    config_class = UnifiedConfig
-    main_input_name = "pixels"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-    supports_gradient_checkpointing = True
-
-    def __init__(
-        self,
-        config: UnifiedConfig,
-        *,
-        tokenizer: ImageTokenizer | None = None,
-        codec: ImageCodec | None = None,
-        lm: PreTrainedModel | None = None,
-        text_tokenizer: PreTrainedTokenizerFast | None = None,
-    ):
-        super().__init__(config)
-        if tokenizer is None:
-            tokenizer = tokenizers.build(config.tokenizer)
-        if codec is None and config.codec is not None:
-            codec = ImageCodec(tokenizer, CodecSpec.from_dict(config.codec))
-        if lm is None:
-            lm = _build_lm(config)
-        self.text_tokenizer = text_tokenizer
-        self.tokenizer = tokenizer
-        self.codec = codec
-        quantized = config.understanding_source == "quantized"
-        self.backbone = CausalLM(
-            lm=lm,
-            space=code_space(config.text_size, tokenizer, codec),
-            projector=projectors.build(
-                config.projector,
-                dim=tokenizer.spec.code_dim if quantized else tokenizer.spec.dim,
-                hidden=lm.get_input_embeddings().embedding_dim,
-            ),
-        )
-        self.tokenizer.requires_grad_(False)
-        if self.codec is not None:
-            self.codec.requires_grad_(False)
-        self.post_init()
-        self.train(self.training)
 
     @classmethod
     def from_parts(
@@ -120,21 +67,10 @@ class UnifiedModel(PreTrainedModel):
         `slot` (each code among the codes possible there) or `vocabulary` (among all entries of
         the LM, delimiters too, so that an exported model can be sampled without constraints).
         """
-        for name, value, known in (
-            ("understanding_source", understanding_source, SOURCES),
-            ("code_loss", code_loss, LOSSES),
-        ):
-            if value not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if codec is not None and codec.tokenizer is not tokenizer:
-            raise InputError("the codec was built around another tokenizer object: pass that one")
-        if code_loss == "vocabulary" and tokenizer.spec.codes_per_token > 1:
-            raise InputError(
-                "code_loss 'vocabulary' needs one code per token, this tokenizer has "
-                f"{tokenizer.spec.codes_per_token}: use 'slot'"
-            )
-        text_size = max(len(lm.get_input_embeddings().weight), len(text_tokenizer))
+        check_options(tokenizer, codec, understanding_source, code_loss)
+        text_size = max(len(vocabulary(lm)), len(text_tokenizer))
         space = code_space(text_size, tokenizer, codec)
+        check_causal_lm(lm)
         lm.resize_token_embeddings(space.vocabulary_size, mean_resizing=False)
         config = UnifiedConfig(
             lm=lm.config.to_dict(),
@@ -147,129 +83,6 @@ class UnifiedModel(PreTrainedModel):
             attention=lm.config._attn_implementation,
         )
         return cls(config, tokenizer=tokenizer, codec=codec, lm=lm, text_tokenizer=text_tokenizer)
-
-    # The image's share of the sequence
-
-    @property
-    def layout(self) -> ImageLayout:
-        """Places of one image's tokens (eq. 5)."""
-        grid = self.tokenizer.spec.grid
-        if self.codec is None:
-            return ImageLayout(0, grid)
-        return ImageLayout(self.codec.spec.global_count, grid.pooled(self.codec.spec.stride))
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Image tokens without delimiters: 256 dense, 68 compressed in the default setting."""
-        return self.layout.tokens
-
-    @property
-    def interface_tokens(self) -> int:
-        """Positions that an image takes in the language model, delimiters included."""
-        return self.layout.length
-
-    @property
-    def lm(self) -> PreTrainedModel:
-        """The language model; assign to it to put an adapter around it."""
-        return self.backbone.lm
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # torch would register a module under the property's name and leave the backbone as it is.
-        if name == "lm":
-            self.backbone.lm = value
-        else:
-            super().__setattr__(name, value)
-
-    def encode_image(
-        self, pixels: Float[Tensor, "b 3 h w"] | Float[Tensor, "b t d"]
-    ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b n c"]]:
-        """What understanding reads and what generation must write, globals first.
-
-        Takes pixels in [-1, 1], or the tokenizer's dense tokens X if they have been computed.
-        """
-        dense = self._dense(pixels)
-        return self._features(dense), self._codes(dense)
-
-    @torch.no_grad()
-    def _dense(self, images: Tensor) -> Float[Tensor, "b t d"]:
-        spec = self.tokenizer.spec
-        height, width = (spec.image_size // spec.grid.rows * side for side in spec.grid)
-        pixels = tuple(images.shape[1:]) == (3, height, width)
-        if not pixels and tuple(images.shape[1:]) != (spec.grid.length, spec.dim):
-            raise InputError(
-                f"images must have shape [batch, 3, {height}, {width}], got {list(images.shape)}: "
-                "resize them first"
-            )
-        if not len(images) or not images.is_floating_point():
-            raise InputError(
-                f"images must be at least one picture of floats in [-1, 1], got {list(images.shape)} "
-                f"of {images.dtype}"
-            )
-        images = images.to(self.tokenizer.device)
-        return self.tokenizer.encode(images) if pixels else images
-
-    @torch.no_grad()
-    def _features(self, images: Tensor) -> Float[Tensor, "b n d"]:
-        dense = self._dense(images)
-        tokens = self.codec.compress(dense) if self.codec else None
-        if self.config.understanding_source == "quantized":
-            quantize = self.codec.quantize(tokens) if tokens else self.tokenizer.quantize(dense)
-            return quantize[1]
-        return tokens.sequence if tokens else dense
-
-    @torch.no_grad()
-    def _codes(self, images: Tensor) -> Int[Tensor, "b n c"]:
-        dense = self._dense(images)
-        if self.codec is None:
-            return self.tokenizer.quantize(dense)[0]
-        return self.codec.quantize(self.codec.compress(dense))[0]
-
-    def _image_embeds(self, images: Tensor) -> Float[Tensor, "b l h"]:
-        """The image as understanding sees it, after the text's own start token if it has one."""
-        layout = self.layout
-        features = self._features(images)
-        globals_, locals_ = features.split([layout.global_count, layout.local_count], dim=1)
-        projected = self.backbone.embed_features(globals_, locals_, layout.grid)
-        embeds = layout.arrange(self.backbone.delimiters(), projected)
-        start = torch.tensor([self._start()], dtype=torch.long, device=embeds.device)
-        opening = self.backbone.embed_text(start.expand(len(embeds), -1))
-        return torch.cat([opening.to(embeds), embeds], dim=1)
-
-    # Text
-
-    @property
-    def text(self) -> PreTrainedTokenizerFast:
-        """The text tokenizer; raises InputError where the model was built without one."""
-        if self.text_tokenizer is None:
-            raise InputError("this model has no text tokenizer: pass text_tokenizer when building it")
-        return self.text_tokenizer
-
-    def _start(self) -> list[int]:
-        start = self.text.bos_token_id
-        return [] if start is None else [start]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.text(text, add_special_tokens=False)["input_ids"]
-
-    def _question_ids(self, question: str) -> list[int]:
-        """Question and line break as separate tokens, so that the answer never merges with them."""
-        return self._ids(question) + self._ids("\n")
-
-    def _caption_ids(self, caption: str) -> list[int]:
-        return [*self._start(), *self._ids(caption)]
-
-    def _end(self) -> int:
-        end = self.text.eos_token_id
-        if end is None:
-            raise InputError("the text tokenizer has no end token: set its eos_token")
-        return int(end)
-
-    def _check_length(self, needed: int, what: str) -> None:
-        limit = self.backbone.max_positions
-        if needed > limit:
-            raise InputError(
-                f"{what} needs {needed} positions, the language model has {limit}: shorten the text"
-            )
 
     # Training
 
@@ -314,21 +127,6 @@ class UnifiedModel(PreTrainedModel):
         self._check_length(max(map(len, prompts)) + self.layout.length, "the longest caption")
         codes = self._codes(pixels)
         return code_loss(self.backbone, self.layout, prompts, codes, over=self.config.code_loss)
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Projector, language model, special embeddings and depth heads, unless switched off."""
-        return (p for p in self.backbone.parameters() if p.requires_grad)
-
-    def train(self, mode: bool = True) -> "UnifiedModel":
-        """Switch the trained parts; tokenizer and codec stay in evaluation mode."""
-        super().train(mode)
-        self.tokenizer.eval()
-        if self.codec is not None:
-            self.codec.eval()
-        return self
-
-    def init_weights(self) -> None:
-        """Nothing: every part has initialised itself."""
 
     # Use
 
@@ -422,7 +220,9 @@ class UnifiedModel(PreTrainedModel):
         if len(seeds) != len(prompts):
             raise InputError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
         ids = [self._caption_ids(prompt) for prompt in prompts]
-        self._check_length(max(map(len, ids)) + self.layout.length, "the longest prompt with a picture")
+        self._check_length(
+            max(map(len, ids)) + self.layout.length, "the longest prompt with a picture"
+        )
         codes_per_token = self.tokenizer.spec.codes_per_token
         return draw_codes(
             self.backbone,
@@ -438,7 +238,7 @@ class UnifiedModel(PreTrainedModel):
     def decode_codes(
         self, codes: Int[Tensor, "b n c"], timings: Timings | None = None
     ) -> Float[Tensor, "b 3 h w"]:
-        """Codes to pixels in [-1, 1]: decompressor (if there is a codec), then the host's decoder."""
+        """Codes to pixels in [-1, 1]: the decompressor if there is one, then the host's decoder."""
         with measured(timings, "decompressor"):
             dense = self.codec.decompress(codes) if self.codec else self.tokenizer.embed(codes)
         with measured(timings, "image_decoder"):
@@ -476,8 +276,19 @@ class UnifiedModel(PreTrainedModel):
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
 
+    def export_causal_lm(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a plain causal LM that draws (one code per token only); see `export_plain_lm`."""
+        export_plain_lm(
+            folder,
+            lm=merged_lm(self.lm),
+            text=self.text,
+            space=self.backbone.space,
+            layout=self.layout,
+            dtype=dtype,
+        )
+
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -495,7 +306,10 @@ class UnifiedModel(PreTrainedModel):
         folder = fetch_folder(source, [CONFIG, WEIGHTS, *TEXT_FILES], revision=revision)
         if config is None:
             values = read_json(folder / CONFIG)
-            if not isinstance(values, dict) or values.get("model_type") != cls.config_class.model_type:
+            if (
+                not isinstance(values, dict)
+                or values.get("model_type") != cls.config_class.model_type
+            ):
                 raise CheckpointError(f"{folder / CONFIG} does not describe a unicompress model")
             config = UnifiedConfig.from_dict(values)
         tensors, notes = load_safetensors(folder / WEIGHTS)
@@ -506,58 +320,12 @@ class UnifiedModel(PreTrainedModel):
         host = tokenizers.build(config.tokenizer)
         load_part(host, "tokenizer", tensors, folder / WEIGHTS)
         model = cls(config, tokenizer=host, text_tokenizer=text)
-        tied = tied_names(model.lm)
-        tensors |= {f"backbone.lm.{a}": tensors[f"backbone.lm.{b}"] for a, b in tied.items()}
+        tensors = untied(tensors, model.lm)
         load_part(model.backbone, "backbone", tensors, folder / WEIGHTS)
         if model.codec is not None:
             load_part(model.codec, "codec", tensors, folder / WEIGHTS)
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model.to(wanted).eval()
-
-
-def code_space(text_size: int, tokenizer: ImageTokenizer, codec: ImageCodec | None) -> CodeSpace:
-    """The vocabulary of a model: a codec with codebooks of its own has one range for each stream."""
-    depth, size = tokenizer.spec.codes_per_token, tokenizer.spec.codebook_size
-    kinds = {codec.spec.global_codebook, codec.spec.local_codebook} if codec else set()
-    if codec is None or codec.spec.identity or kinds == {"shared"}:
-        return CodeSpace(text_size, depth, size)
-    global_size, local_size = codec.codebook_sizes
-    return CodeSpace(text_size, depth, local_size, global_size)
-
-
-def load_part(module: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the weights of one part of a model, which stand under its name."""
-    prefix = f"{name}."
-    own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    load_into(module, own, path)
-
-
-def plain_state(backbone: CausalLM) -> dict[str, Tensor]:
-    """Weights of a backbone by the names they have without adapter; tied ones once."""
-    lm = backbone.lm
-    merged = copy.deepcopy(lm).merge_and_unload() if hasattr(lm, "merge_and_unload") else lm
-    tied = tied_names(merged)
-    own = {f"backbone.lm.{n}": t for n, t in merged.state_dict().items() if n not in tied}
-    for name, child in backbone.named_children():
-        if name != "lm":
-            own |= child.state_dict(prefix=f"backbone.{name}.")
-    return own
-
-
-def tied_names(lm: PreTrainedModel) -> dict[str, str]:
-    """Weights of a language model that are another one's: name -> name of the original."""
-    return dict(lm.all_tied_weights_keys)
-
-
-def _build_lm(config: UnifiedConfig) -> PreTrainedModel:
-    values = dict(config.lm or {})
-    kind = str(values.pop("model_type", ""))
-    if kind not in CONFIG_MAPPING:
-        raise CheckpointError(f"unknown language model type {kind!r}: update transformers")
-    own = CONFIG_MAPPING[kind].from_dict(values)
-    return AutoModelForCausalLM.from_config(
-        own, attn_implementation=config.attention, dtype=torch.float32
-    )
 
 
 def _check_count(images: Tensor, texts: Sequence[Any], what: str) -> None:

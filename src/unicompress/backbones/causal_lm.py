@@ -18,8 +18,61 @@ from unicompress.tokens import Grid
 STREAMS: tuple[Stream, Stream] = ("global", "local")
 
 
+def run_trunk(
+    lm: PreTrainedModel,
+    embeds: Float[Tensor, "b l h"],
+    mask: Bool[Tensor, "b 1 l k"] | None,
+    positions: Int[Tensor, "b l"],
+    cache: Cache | None = None,
+) -> Float[Tensor, "b l h"]:
+    """Everything of a language model but its head, under a mask of ours."""
+    trunk: Any = lm.base_model
+    if mask is not None and trunk.config._attn_implementation == "eager":
+        # Eager attention adds its mask, others take a boolean one. Under autocast the scores have
+        # autocast's type, and a wider mask would widen them.
+        kind = embeds.device.type
+        narrow = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if narrow else trunk.dtype
+        hidden = torch.zeros_like(mask, dtype=dtype)
+        mask = hidden.masked_fill_(~mask, torch.finfo(dtype).min)
+    return trunk(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+@torch.no_grad()
+def check_causal_lm(lm: PreTrainedModel) -> None:
+    """Raise InputError for a language model that cannot serve, found out on three tokens.
+
+    Its head must be applied to its hidden states and nothing else, and its attention must obey a
+    mask of ours: the third token must not notice the second.
+    """
+    training = lm.training
+    lm.eval()
+    ids = torch.tensor([[0, 1, 2], [0, 3, 2]], device=lm.device)
+    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool, device=lm.device).tril()
+    mask[..., 2, 1] = False
+    positions = torch.tensor([[0, 1, 1]], device=lm.device).expand(2, -1)
+    states = run_trunk(lm, lm.get_input_embeddings()(ids), mask, positions)
+    plain = lm.base_model(ids).last_hidden_state
+    own, theirs = lm.get_output_embeddings()(plain), lm(ids).logits
+    lm.train(training)
+    kind = type(lm).__name__
+    if not torch.allclose(states[0, 2], states[1, 2], rtol=1e-3, atol=1e-3):
+        raise InputError(f"the attention of {kind} ignores the mask that keeps questions apart")
+    if not torch.allclose(own, theirs, rtol=1e-3, atol=1e-3):
+        raise InputError(f"{kind} changes its logits after its head, which is not supported")
+
+
 class ReservedLayer(DynamicLayer):
     """Keys and values of one layer in memory reserved once, so that a step copies only itself."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, length: int):
         super().__init__()
@@ -32,18 +85,27 @@ class ReservedLayer(DynamicLayer):
         """Append and return all keys and values so far, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            b, heads, _, _ = key_states.shape
-            self.keys = key_states.new_empty(b, heads, self.length, key_states.shape[-1])
-            self.values = value_states.new_empty(b, heads, self.length, value_states.shape[-1])
+            self.keys = self._reserve(key_states)
+            self.values = self._reserve(value_states)
         stop = self.filled + key_states.shape[-2]
-        self.keys[:, :, self.filled : stop] = key_states
-        self.values[:, :, self.filled : stop] = value_states
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            held[:, :, self.filled : stop] = new
         self.filled = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def _reserve(self, like: Tensor) -> Tensor:
+        return like.new_empty(*like.shape[:2], self.length, like.shape[-1])
 
     def get_seq_length(self) -> int:
         """Positions filled."""
         return self.filled
+
+
+def vocabulary(lm: PreTrainedModel) -> Float[Tensor, "v h"]:
+    """The weights of the input embedding."""
+    weight = lm.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 class CodeTable(nn.Module):
@@ -79,7 +141,7 @@ class DepthHead(nn.Module):
         self.entries = CodeTable(codes=codes, size=size, width=width)
         self.positions = nn.Parameter(torch.randn(codes, width) * 0.02)
         heads = width // 64 if width % 64 == 0 else 1
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks: Any = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.leave = nn.Parameter(torch.randn(codes, size, width) * 0.02)
 
@@ -121,15 +183,16 @@ class CausalLM(Backbone):
         self.lm = lm
         self.space = space
         self.projector = projector
-        self.hidden_size = lm.get_input_embeddings().embedding_dim
+        entries = vocabulary(lm)
+        self.hidden_size = entries.shape[1]
         self.max_positions = int(getattr(lm.config, "max_position_embeddings", 2**31))
-        if len(lm.get_input_embeddings().weight) < space.vocabulary_size:
+        if len(entries) < space.vocabulary_size:
             raise InputError(
-                f"the language model has {len(lm.get_input_embeddings().weight)} vocabulary entries, "
-                f"text and codes need {space.vocabulary_size}: call lm.resize_token_embeddings first"
+                f"the language model has {len(entries)} vocabulary entries, text and codes need "
+                f"{space.vocabulary_size}: call its resize_token_embeddings first"
             )
         self.tables = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
+        self.heads: Any = nn.ModuleDict()
         if space.codes_per_token > 1:
             width = min(self.hidden_size, 512)
             for stream in STREAMS if space.global_size else STREAMS[1:]:
@@ -144,7 +207,7 @@ class CausalLM(Backbone):
     @property
     def inner(self) -> PreTrainedModel:
         """The language model itself, also where peft has wrapped it."""
-        wrapped = getattr(self.lm, "get_base_model", None)
+        wrapped: Any = getattr(self.lm, "get_base_model", None)
         return wrapped() if wrapped else self.lm
 
     def embed_text(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l h"]:
@@ -153,9 +216,8 @@ class CausalLM(Backbone):
 
     def delimiters(self) -> Float[Tensor, "3 h"]:
         """Learned embeddings of BOS, SEP and EOS."""
-        device = self.inner.get_input_embeddings().weight.device
-        ids = torch.arange(self.space.begin, self.space.begin + 3, device=device)
-        return self.inner.get_input_embeddings()(ids)
+        ids = torch.arange(self.space.begin, self.space.begin + 3)
+        return self.embed_text(ids.to(vocabulary(self.inner).device)[None])[0]
 
     def embed_features(
         self, globals_: Float[Tensor, "b g d"], locals_: Float[Tensor, "b m d"], grid: Grid
@@ -177,25 +239,7 @@ class CausalLM(Backbone):
         cache: Any = None,
     ) -> Float[Tensor, "b l h"]:
         """Hidden states after the last norm."""
-        trunk = self.inner.base_model
-        if mask is not None and trunk.config._attn_implementation == "eager":
-            # Eager attention adds its mask; others take a boolean one. Under autocast the scores
-            # have autocast's type, and a wider mask would widen them.
-            kind = embeds.device.type
-            dtype = (
-                torch.get_autocast_dtype(kind)
-                if torch.is_autocast_enabled(kind)
-                else next(trunk.parameters()).dtype
-            )
-            hide = torch.finfo(dtype).min
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, hide)
-        return trunk(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        return run_trunk(self.inner, embeds, mask, positions, cache)
 
     def new_cache(self, length: int) -> Cache:
         """Reserved keys and values of every layer."""
@@ -234,7 +278,9 @@ class CausalLM(Backbone):
             return choose(self._single_logits(hidden, stream), 0)[:, None]
         return self.heads[self._codebook(stream)].sample(hidden, choose)
 
-    def _single_logits(self, hidden: Float[Tensor, "*b h"], stream: Stream) -> Float[Tensor, "*b v"]:
+    def _single_logits(
+        self, hidden: Float[Tensor, "*b h"], stream: Stream
+    ) -> Float[Tensor, "*b v"]:
         first = self.space.first(stream)
         return self.vocabulary_logits(hidden, first, first + self.space.size(stream))
 

@@ -92,4 +92,3 @@ class LocalProjector(Projector):
         places = position_features(grid_coordinates(grid), self.width).to(locals_)
         mixed = self.project(self.norm(field.flatten(2).transpose(1, 2))) + self.positions(places)
         return torch.cat([self.project_globals(self.global_norm(globals_)), mixed], dim=1)
-

@@ -73,7 +73,7 @@ def to_tensor(pixels: UInt8[ndarray, "h w 3"]) -> Float[Tensor, "3 h w"]:
 
 
 def to_uint8(pixels: Float[Tensor, "*b 3 h w"]) -> UInt8[ndarray, "*b h w 3"]:
-    """The inverse of `to_tensor`, for one picture or a batch; values outside [-1, 1] are cut off."""
+    """The inverse of `to_tensor`, for one picture or a batch; values outside are cut off."""
     scaled = (pixels.detach().float() + 1.0) * 127.5
     return scaled.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu().numpy()
 

@@ -1,9 +1,9 @@
 """Reads a picture back into objects by colour, area and shape: no learned weights, no randomness.
 
-Pixels are compared with the palette by hue, so texture and brightness hardly matter. Connected parts
-of one hue are objects; between its own colour and the grey around it, each pixel of an object is
-covered to some share. The shape is the one whose ideal picture of the same area and centroid,
-sharp or blurred, overlaps best with these shares: blur changes neither area nor centroid.
+Pixels are compared with the palette by hue, so texture and brightness hardly matter. Connected
+parts of one hue are objects; each pixel of an object is covered to some share, between the object's
+own colour and the grey around it. The shape is the one whose ideal picture of the same area and
+centroid, sharp or blurred, overlaps best with these shares: blur changes neither area nor centroid.
 """
 
 from collections.abc import Iterable
@@ -102,7 +102,9 @@ def read_scene(pixels: Pixels) -> tuple[FoundObject, ...]:
     for number, window in enumerate(ndimage.find_objects(parts), start=1):
         border = max(3, round(side * 3 / 64))  # blur carries colour over the edge
         rows, columns = (slice(max(0, axis.start - border), axis.stop + border) for axis in window)
-        share = _shares(pixels[rows, columns], strength[rows, columns], parts[rows, columns], number)
+        share = _shares(
+            pixels[rows, columns], strength[rows, columns], parts[rows, columns], number
+        )
         corner = (columns.start, rows.start)
         found.append(_recognise(share, corner, owners[number - 1], pixels.shape))
     return tuple(sorted(found, key=lambda thing: thing.x))
@@ -126,14 +128,16 @@ def _shares(
     objects, and brightness helps where colour is blurred more, as in JPEG.
     """
     mine = parts == number
-    strong = mine & (strength >= np.quantile(strength[mine], 0.5))
+    strong = mine & (strength >= strength[mine].mean())
     behind = (parts == 0) & (strength < FAINT)
-    inside = np.median(patch[strong], axis=0)
-    outside = np.median(patch[behind], axis=0) if behind.any() else np.full(3, inside.mean())
-    line = (inside - outside).astype(np.float32)
-    share = np.clip((patch - outside.astype(np.float32)) @ line / float(line @ line), 0, 1)
-    near = ndimage.binary_dilation(parts * ~mine > 0)  # other objects and their edges
-    share[(share < FAINT) | (near & ~mine)] = 0
+    inside = patch[strong].mean(axis=0, dtype=np.float32)
+    outside = patch[behind].mean(axis=0, dtype=np.float32) if behind.any() else inside.mean()
+    line = inside - outside
+    share = np.clip((patch - outside) @ line / float(line @ line), 0, 1)
+    share[share < FAINT] = 0
+    others = (parts != 0) & ~mine
+    if others.any():
+        share[ndimage.binary_dilation(others) & ~mine] = 0  # with their edges
     return share
 
 

@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 class Dice:
-    """Uniform draws in [0, 1) from a counter-based generator, fetched in blocks because that is fast.
+    """Uniform draws in [0, 1) from a counter-based generator, fetched in blocks for speed.
 
     The same whole numbers in `key` give the same draws on every machine.
     """

@@ -105,7 +105,8 @@ def run_demo(
 ) -> Result:
     """Reconstruct, ask, draw and time both models; write report.html, report.json and pictures.
 
-    `about` are further notes for the report, for example how the models were trained. Raises InputError where a model is on the wrong side.
+    `about` are further notes for the report, for example how the models were trained. Raises
+    InputError where a model is on the wrong side.
     """
     if dense.codec is not None or compressed.codec is None:
         raise InputError("the demo compares a model without a codec (dense) with one that has it")
@@ -368,7 +369,7 @@ def _notes(size: DemoSize, run: _Run, about: Sequence[str]) -> tuple[str, ...]:
         "The ratio of times depends on the machine and on the size of the language model: the "
         "decompressor weighs more beside a small one. Other shapes: unicompress bench generation "
         "--lm llama-3.2-1b.",
-        "Not measured here: energy, memory beyond the key/value cache, and the quality of more than "
-        "these two training runs.",
+        "Not measured here: energy, memory beyond the key/value cache, and what another training "
+        "run of the same two models would give.",
         *about,
     )

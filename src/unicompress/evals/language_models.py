@@ -2,7 +2,6 @@
 
 import difflib
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,6 +28,7 @@ class LMShape:
     kv_heads: int
     vocabulary: int
     head_dim: int = 64
+    tied: bool = True  # one table for words in and words out
 
 
 # From the config.json of the released models. Qwen's bias terms are left out: they cost nothing.
@@ -41,7 +41,7 @@ LMS = {
     "llama-3.2-1b": LMShape(2048, 8192, 16, 32, 8, 128256),
     "qwen2.5-1.5b": LMShape(1536, 8960, 28, 12, 2, 151936, head_dim=128),
     "llama-3.2-3b": LMShape(3072, 8192, 28, 24, 8, 128256, head_dim=128),
-    "llama-3.1-8b": LMShape(4096, 14336, 32, 32, 8, 128256, head_dim=128),
+    "llama-3.1-8b": LMShape(4096, 14336, 32, 32, 8, 128256, head_dim=128, tied=False),
 }
 
 
@@ -67,7 +67,7 @@ def random_lm(
         head_dim=shape.head_dim,
         vocab_size=shape.vocabulary,
         max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         dtype=dtype,
     )
     with torch.random.fork_rng(), torch.device(device):
@@ -101,6 +101,6 @@ def random_pair(
 def caption_tokenizer(size: int = 64, vocabulary: int = 400) -> PreTrainedTokenizerFast:
     """A small text tokenizer that knows the words of scenes."""
     data = Scenes("train", size=size)
-    samples = [data[index] for index in islice(range(200), 200)]
+    samples = [data[index] for index in range(200)]
     texts = [text for s in samples for text in (s.caption, *(q.text for q in s.questions))]
     return build_text_tokenizer(texts, vocabulary)

@@ -76,8 +76,8 @@ def _load_folder(folder: Path) -> ImageTokenizer:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise CheckpointError(
-            f"{path} was saved with the option {unknown[0]!r}, which {notes['name']} does not have: "
-            "use the version of unicompress that saved it"
+            f"{path} was saved with the option {unknown[0]!r}, which {notes['name']} "
+            "does not have: use the version of unicompress that saved it"
         )
     lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     tokenizer = member(**lists)

@@ -1,4 +1,4 @@
-"""`python -m unicompress.training STAGE RECIPE [key=value ...] [--resume]`, for `accelerate launch`."""
+"""`accelerate launch -m unicompress.training STAGE RECIPE [key=value ...] [--resume]`."""
 
 import argparse
 import sys
@@ -18,10 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = train(given.stage, given.recipe, given.overrides, resume=given.resume)
     except UnicompressError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 1
     if result.main_process:
-        print(ending(result), file=sys.stderr)
+        sys.stderr.write(f"{ending(result)}\n")
     return exit_code(result)
 
 

@@ -1,9 +1,9 @@
 """Which samples a process sees at which step, prepared by a thread that runs ahead."""
 
-import queue
-import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -59,9 +59,7 @@ class Batches(ABC, Generic[B]):
         return []
 
 
-def shares(
-    total: int, *, accumulate: int, place: Place, late: bool = False
-) -> list[list[int]]:
+def shares(total: int, *, accumulate: int, place: Place, late: bool = False) -> list[list[int]]:
     """Positions of each micro-batch of this process among the `total` samples of a step.
 
     Where they do not divide evenly, the first parts take one more, or the last if `late`.
@@ -76,48 +74,38 @@ def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+Prepared = tuple[list[B], dict[str, Any]]  # micro-batches, and the state of the data after them
+
+
 class Feed(Generic[B]):
-    """Iterates over (micro-batches, state of the data after them), prepared by a thread."""
+    """Iterates over what the steps from `start` to `stop` need, prepared by one thread in order."""
 
     def __init__(self, batches: Batches[B], *, start: int, stop: int):
         self._batches = batches
-        self._queue: queue.Queue[tuple[list[B], dict[str, Any]] | BaseException] = queue.Queue(AHEAD)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(start, stop), daemon=True)
-        self._thread.start()
+        self._steps = iter(range(start, stop))
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._ahead: deque[Future[Prepared[B]]] = deque()
+        for _ in range(AHEAD):
+            self._submit()
 
-    def __iter__(self) -> Iterator[tuple[list[B], dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Prepared[B]]:
         return self
 
-    def __next__(self) -> tuple[list[B], dict[str, Any]]:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # the thread has ended: every later call meets the same end
-            raise item
-        return item
+    def __next__(self) -> Prepared[B]:
+        if not self._ahead:
+            raise StopIteration
+        prepared = self._ahead.popleft().result()  # raises here what went wrong there
+        self._submit()
+        return prepared
 
     def close(self) -> None:
         """End the thread; what it prepared in advance is dropped."""
-        self._closed.set()
-        while self._thread.is_alive():
-            while not self._queue.empty():
-                self._queue.get_nowait()
-            self._thread.join(timeout=0.05)
+        self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, start: int, stop: int) -> None:
-        try:
-            for step in range(start, stop):
-                item = self._batches.at(step), self._batches.state()
-                self._put(item)
-                if self._closed.is_set():
-                    return
-            self._put(StopIteration())
-        except BaseException as error:  # noqa: BLE001  # raised again where the loop can be told
-            self._put(error)
+    def _submit(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._ahead.append(self._worker.submit(self._prepare, step))
 
-    def _put(self, item: tuple[list[B], dict[str, Any]] | BaseException) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def _prepare(self, step: int) -> Prepared[B]:
+        return self._batches.at(step), self._batches.state()

@@ -1,4 +1,4 @@
-"""The stage-free training loop: one optimiser step after the other, to be stopped and resumed at will.
+"""The stage-free training loop: step after step, to be stopped and resumed at will.
 
 Nothing random has a history: the samples of a step and every draw within it depend on (seed, step,
 process) alone. A checkpoint therefore needs the step, the weights, the optimiser and, for streamed
@@ -197,7 +197,8 @@ class _Run(Generic[B]):
         """(stop?, seconds so far, mean count per micro-batch), the same on every process."""
         names = sorted({name for batch in micro_batches for name in batch.counts})
         sums = [sum(batch.counts[name] for batch in micro_batches) for name in names]
-        values = torch.tensor([float(self.stop.wished), self._elapsed(), *sums], dtype=torch.float64)
+        wished = float(self.stop.wished)
+        values = torch.tensor([wished, self._elapsed(), *sums], dtype=torch.float64)
         if self.place.count > 1:
             rows = self.accelerator.gather(values[None].to(self.accelerator.device)).cpu()
             values = torch.cat([rows[:, 0].amax()[None], rows[0, 1:2], rows[:, 2:].mean(0)])
@@ -308,14 +309,14 @@ class _Run(Generic[B]):
             }
             save_training_state(state, Path(self.recipe.out) / CHECKPOINT)
         self.accelerator.wait_for_everyone()
-        # On the agreed clock where there is one, so that the next save falls due everywhere at once.
+        # On the agreed clock where there is one: the next save falls due everywhere at once.
         since = self._elapsed() if elapsed is None else elapsed
         self.saved = self.started + since - self.seconds
 
     def _load(self, folder: Path) -> None:
         state = load_training_state(folder)
         if state.get("format") != FORMAT:
-            raise CheckpointError(f"{folder} was written by another version: delete it to start anew")
+            raise CheckpointError(f"{folder} is of another version: delete it to start anew")
         _check_same_recipe(state["recipe"], self.recipe)
         if any(state["data"]) and state["processes"] != self.place.count:
             raise CheckpointError(
@@ -364,11 +365,11 @@ def _check_split(recipe: LoopRecipe, place: Place) -> None:
 def _check_same_recipe(before: Mapping[str, Any], recipe: LoopRecipe) -> None:
     """A run goes on under the recipe it started with, but for what leaves the numbers alone."""
     now = recipe.model_dump(mode="json")
-    for key in sorted(now.keys() | before.keys()):
-        if key not in FREE and before.get(key) != now.get(key):
+    for key in sorted(now.keys() & before.keys()):  # a newer version may know more keys
+        if key not in FREE and before[key] != now[key]:
             raise RecipeError(
-                f"the run in {recipe.out} was started with {key}={before.get(key)!r}, not "
-                f"{now.get(key)!r}: resume it as it was, or choose another out"
+                f"the run in {recipe.out} was started with {key}={before[key]!r}, not "
+                f"{now[key]!r}: resume it as it was, or choose another out"
             )
 
 
@@ -378,7 +379,7 @@ def _load_changed(objective: Objective[Any], tensors: Mapping[str, Tensor], fold
     odd += [n for n in wanted.keys() & tensors.keys() if wanted[n].shape != tensors[n].shape]
     if odd:
         raise CheckpointError(
-            f"{folder} does not fit this recipe's model ({len(odd)} weights differ, first {odd[0]}): "
-            "it was trained around other parts; choose another out"
+            f"{folder} does not fit this recipe's model ({len(odd)} weights differ, first "
+            f"{odd[0]}): it was trained around other parts; choose another out"
         )
     objective.load_state_dict(dict(tensors), strict=False)

@@ -1,4 +1,4 @@
-"""What a run shows and what steers it besides its data: log, bar, learning rate, precision, Ctrl-C."""
+"""What a run shows, and what steers it: log, bar, learning rate, precision, Ctrl-C."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def learning_rate(recipe: LoopRecipe, progress: float) -> float:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 autocast pays: CUDA that has it, or a CPU with AMX or AVX-512 instructions."""
+    """Whether bfloat16 autocast pays: CUDA that has it, or a CPU with instructions for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not sys.platform.startswith("linux"):
@@ -76,7 +76,8 @@ class Meter:
     def add(self, logs: Mapping[str, Tensor | float]) -> None:
         for name, value in logs.items():
             value = torch.as_tensor(value).detach().float()
-            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
+            known = self.sums.get(name)
+            self.sums[name] = value if known is None else known.to(value.device) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Recipes: what a training run is told, read from YAML, overridden by `key=value`, checked at once."""
+"""Recipes: what a run is told, read from YAML, overridden by `key=value`, checked at once."""
 
 import difflib
 import inspect
@@ -96,7 +96,7 @@ class LoopRecipe(Strict):
     @model_validator(mode="after")
     def _sizes_fit(self) -> "LoopRecipe":
         if self.batch % self.accumulate:
-            raise ValueError(f"batch {self.batch} is not a multiple of accumulate {self.accumulate}")
+            raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}")
         if not self.data:
             raise ValueError("data is empty: name at least one source")
         return self
@@ -183,7 +183,7 @@ class StageTwoRecipe(LoopRecipe):
     codec: str | None = None  # likewise; None trains the dense model
     lm: LanguageModelRecipe
     lora: LoraRecipe | None = None
-    projector: Literal["local", "linear"] = "local"
+    projector: str = "local"  # or linear; options as in local(width=64, depth=2)
     understanding_source: Literal["continuous", "quantized"] = "continuous"
     understanding_share: float = Field(default=0.5, ge=0, le=1)  # of the samples of a batch
     understanding_weight: float = Field(default=1.0, ge=0)  # of its loss
@@ -200,7 +200,7 @@ class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as a number, and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
             raise yaml.YAMLError(f"the key {twice!r} is given twice")
@@ -311,7 +311,11 @@ _KINDS = ("scenes", "easy_vqa", "stream")  # tags that pydantic puts into an err
 
 def _known_keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
     """The keys allowed at a place of a recipe."""
-    kinds = {"scenes": SceneData, "easy_vqa": EasyVQAData, "stream": StreamData}
+    kinds: dict[str, type[BaseModel]] = {
+        "scenes": SceneData,
+        "easy_vqa": EasyVQAData,
+        "stream": StreamData,
+    }
     for part in place:
         if part in kinds:
             model = kinds[str(part)]

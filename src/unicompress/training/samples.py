@@ -1,52 +1,19 @@
 """Samples of all the data a recipe names, as one sequence mixed by weight."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from unicompress.data.scenes import Scenes, phrases
 from unicompress.errors import RecipeError
 from unicompress.training.feed import Place, seed_of
-from unicompress.training.recipe import Data, EasyVQAData, SceneData, StreamData
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image (uint8 [size, size, 3]) with the texts that are known for it."""
-
-    pixels: NDArray[np.uint8]
-    caption: str | None = None
-    phrases: tuple[str, ...] = ()  # parts of the caption that hold on their own
-    questions: tuple[tuple[str, str], ...] = ()  # with their answers
-
-
-class Source(ABC):
-    """One entry of a recipe's data."""
-
-    captioned: bool
-    questioned: bool
-
-    @abstractmethod
-    def at(self, index: int) -> Sample:
-        """The sample of a place; a stream gives its next one wherever it is asked for."""
-
-    def state(self) -> dict[str, Any]:
-        """The place in a stream."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to a place that `state` described."""
-
-    def skipped(self) -> list[str]:
-        """What could not be read since the last call, by name and reason."""
-        return []
+from unicompress.training.outside import EasyVQASource, StreamSource
+from unicompress.training.recipe import Data, EasyVQAData, SceneData
+from unicompress.training.sample import Sample, Source
 
 
 class SceneSource(Source):
@@ -121,7 +88,7 @@ def mixture(
             kept.append(source)
             weights.append(entry.weight)
     if not kept:
-        raise RecipeError(f"no entry of data has {need}: add one, or name the columns that hold them")
+        raise RecipeError(f"no entry of data has {need}: add one, or name their columns")
     return Mixture(kept, weights, seed=seed)
 
 
@@ -131,13 +98,8 @@ def _source(entry: Data, *, size: int, seed: int, place: Place, questions: int) 
             size=size, seed=entry.seed + seed, questions=questions, split=entry.split
         )
     if isinstance(entry, EasyVQAData):
-        from unicompress.training.outside import EasyVQASource
-
         return EasyVQASource(size=size, seed=seed, questions=questions)
-    assert isinstance(entry, StreamData)
-    from unicompress.training.outside import StreamSource
-
-    return StreamSource(entry, size=size, seed=seed, place=place)
+    return StreamSource(entry, size=size, seed=seed, place=place, questions=questions)
 
 
 def to_pixels(samples: Sequence[Sample]) -> Float[Tensor, "b 3 h w"]:

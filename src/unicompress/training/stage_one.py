@@ -12,6 +12,7 @@ from unicompress.codec import PRESETS, CodecLoss, CodecSpec, ImageCodec
 from unicompress.errors import RecipeError
 from unicompress.evals.image_metrics import psnr
 from unicompress.tokenizers.base import ImageTokenizer
+from unicompress.tokenizers.io import load_tokenizer
 from unicompress.training.feed import Place, seed_of
 from unicompress.training.images import ImageBatch, ImageBatches
 from unicompress.training.loop import LoopResult, Objective, fit
@@ -89,15 +90,12 @@ class StageOne(Objective[ImageBatch]):
 
 def train_stage_one(recipe: StageOneRecipe, *, resume: bool = False) -> LoopResult:
     """Run the stage; a complete run leaves the plug-in in `<out>/final`, the host as it was."""
-    from unicompress.tokenizers.io import load_tokenizer
-
     spec = codec_spec(recipe)
     host = load_tokenizer(recipe.tokenizer).freeze()
     codec = build_codec(host, spec, recipe)
     size = host.spec.image_size
-    result = fit(
-        StageOne(codec, recipe), lambda place: ImageBatches(recipe, size, place), recipe, resume=resume
-    )
+    stage = StageOne(codec, recipe)
+    result = fit(stage, lambda place: ImageBatches(recipe, size, place), recipe, resume=resume)
     if result.status == "done" and result.main_process:
         codec.cpu().eval().save_pretrained(Path(recipe.out) / FINAL)
     return result
@@ -110,7 +108,7 @@ def codec_spec(recipe: StageOneRecipe) -> CodecSpec:
     check_keys(recipe.codec, (field.name for field in dataclasses.fields(CodecSpec)), "codec")
     spec = CodecSpec.from_dict({**PRESETS[recipe.preset].to_dict(), **recipe.codec})
     if recipe.random_rate and len(spec.rates) == 1 and not spec.nested:
-        raise RecipeError("random_rate has nothing to choose from: set codec.strides or codec.nested")
+        raise RecipeError("random_rate has no choice: set codec.strides or codec.nested")
     return spec
 
 
@@ -123,4 +121,3 @@ def build_codec(host: ImageTokenizer, spec: CodecSpec, recipe: StageOneRecipe) -
     pixels = images.some(recipe.calibrate_images, start=CALIBRATION)
     codec.calibrate(pixels, torch.Generator().manual_seed(seed_of(recipe.seed, 1)))
     return codec
-

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unicompress.codec import ImageCodec
 from unicompress.losses import LossOutput
+from unicompress.tokenizers.io import load_tokenizer
 from unicompress.training.feed import Batch, Batches, Place, seed_of, shares
 from unicompress.training.language import add_lora, language_model
 from unicompress.training.loop import LoopResult, Objective, fit
@@ -78,8 +79,9 @@ class UnifiedBatches(Batches[UnifiedBatch]):
 
     def _batch(self, step: int, read: list[int], drawn: list[int]) -> UnifiedBatch:
         # Even places are read, odd ones drawn: no image serves both.
-        reading = [self.read.at(2 * (step * self.read_count + i)) for i in read] if self.read else []
+        places = [2 * (step * self.read_count + i) for i in read]
         indices = [2 * (step * self.drawn_count + i) + 1 for i in drawn]
+        reading = [self.read.at(i) for i in places] if self.read else []
         drawing = [self.drawn.at(i) for i in indices] if self.drawn else []
         pairs = [question_pairs(sample, self.recipe.describe) for sample in reading]
         batch = UnifiedBatch(
@@ -140,9 +142,7 @@ class StageTwo(Objective[UnifiedBatch]):
             "understanding": self.recipe.understanding_weight,
             "generation": self.recipe.generation_weight,
         }
-        losses = [
-            weights[name] * shares.get(name, 1.0) * term.loss for name, term in terms.items()
-        ]
+        losses = [weights[name] * shares.get(name, 1.0) * term.loss for name, term in terms.items()]
         return torch.stack(losses).sum(), _named(terms)
 
     def _terms(self, batch: UnifiedBatch) -> dict[str, LossOutput]:
@@ -193,8 +193,6 @@ def train_stage_two(recipe: StageTwoRecipe, *, resume: bool = False) -> LoopResu
 
 def build_model(recipe: StageTwoRecipe) -> UnifiedModel:
     """The model before training; the same language model whether dense or compressed."""
-    from unicompress.tokenizers.io import load_tokenizer
-
     tokenizer = load_tokenizer(recipe.tokenizer).freeze()
     codec = None if recipe.codec is None else ImageCodec.from_pretrained(recipe.codec, tokenizer)
     lm, text = language_model(recipe.lm, recipe.data, seed=recipe.seed)

@@ -10,6 +10,7 @@ from torch import Tensor
 from unicompress.errors import RecipeError
 from unicompress.evals.image_metrics import psnr
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
+from unicompress.tokenizers.io import save_tokenizer
 from unicompress.tokenizers.janus_vq import JanusVQ
 from unicompress.training.feed import seed_of
 from unicompress.training.images import ImageBatch, ImageBatches
@@ -42,7 +43,9 @@ class TokenizerStage(Objective[ImageBatch]):
         for part in pixels.split(32):
             dense = host.to_code_space(host.encode(part))
             unit = torch.nn.functional.normalize(self.loss.centre(dense.flatten(0, 1)), dim=-1)
-            code = host.codebook()[(unit @ host.codebook().T).argmax(-1)] if self.loss.ready else unit
+            code = unit
+            if self.loss.ready:
+                code = host.codebook()[(unit @ host.codebook().T).argmax(-1)]
             found.append(psnr(host.pixels(code.view(*dense.shape)), part))
         return {"psnr": float(torch.cat(found).mean())}
 
@@ -51,7 +54,7 @@ def train_tokenizer(recipe: TokenizerRecipe, *, resume: bool = False) -> LoopRes
     """Run the stage; a complete run leaves the host in `<out>/final`."""
     host = build_host(recipe.tokenizer, seed=recipe.seed)
     if not isinstance(host, JanusVQ):
-        raise RecipeError(f"only janus_vq can be trained from scratch, got {recipe.tokenizer.name!r}")
+        raise RecipeError(f"only janus_vq is trained from scratch, got {recipe.tokenizer.name!r}")
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(recipe.seed, 1))  # the objective initialises the convolutions
         loss = TokenizerObjective(host, **recipe.objective.model_dump(), seed=recipe.seed)
@@ -59,8 +62,6 @@ def train_tokenizer(recipe: TokenizerRecipe, *, resume: bool = False) -> LoopRes
     size = host.spec.image_size
     result = fit(stage, lambda place: ImageBatches(recipe, size, place), recipe, resume=resume)
     if result.status == "done" and result.main_process:
-        from unicompress.tokenizers.io import save_tokenizer
-
         save_tokenizer(loss.finish().cpu(), Path(recipe.out) / FINAL)
     return result
 

@@ -1,0 +1,110 @@
+"""Speaking to people: errors in one line, tables, progress bars, and the JSON beside them."""
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from unicompress.errors import UnicompressError
+
+if TYPE_CHECKING:
+    from unicompress.evals.result import Progress, Result
+
+SCHEMA = 1
+USAGE, INTERRUPTED = 2, 130  # exit codes
+# The parent of typer's usage errors; newer versions of typer no longer depend on click for it.
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+
+class Commands(TyperGroup):
+    """Turns what a user can cause into one line and an exit code; a bug keeps its traceback."""
+
+    def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:  # type: ignore[override]
+        """Run a command line and exit: 0 on success, 2 for mistakes, 130 where interrupted."""
+        given = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in given  # anywhere, since nobody types it before the first failure
+        given = [word for word in given if word != "--debug"]
+        options["standalone_mode"] = False
+        try:
+            sys.exit(super().main(args=given or ["--help"], **options) or 0)
+        except ClickException as error:
+            place = error.ctx.command_path if getattr(error, "ctx", None) else "unicompress"
+            _fail(f"{error.format_message()} (see {place} --help)", debug)
+        except UnicompressError as error:
+            _fail(str(error), debug)
+        except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except OSError as error:
+            _fail(f"{error.strerror or error}: {error.filename or 'no file name known'}", debug)
+        except (KeyboardInterrupt, typer.Abort):
+            _fail("interrupted", debug, code=INTERRUPTED)
+
+
+def _fail(message: str, debug: bool, code: int = USAGE) -> None:
+    if debug:
+        traceback.print_exc()
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def command_line() -> str:
+    return shlex.join(["unicompress", *sys.argv[1:]])
+
+
+def write_values(path: Path | None, values: Mapping[str, Any]) -> None:
+    """The JSON of a command that measures nothing."""
+    if path is not None:
+        from unicompress.checkpoint import write_json
+
+        write_json({"schema": SCHEMA, "command": command_line(), **values}, path)
+
+
+def write_result(path: Path | None, result: "Result") -> None:
+    if path is not None:
+        result.write(path)
+
+
+def print_result(result: "Result") -> None:
+    """The fixed figures, dense beside compressed."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    dense, compressed = asdict(result.dense), asdict(result.compressed)
+    ratios = {**result.ratio, "tokens_per_image": result.ratio["tokens"]}
+    table = Table("", "dense", "compressed", "ratio")
+    for name in dense:
+        if dense[name] is not None or compressed[name] is not None:
+            row = (dense[name], compressed[name], ratios.get(name))
+            table.add_row(name.replace("_", " "), *map(_number, row))
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+@contextmanager
+def progress_bar() -> Iterator["Progress"]:
+    """A bar on stderr that is told what goes on, how much is done, and of how much."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda label, done, total: bar.update(
+            task, description=label, completed=done, total=total
+        )

@@ -1,0 +1,136 @@
+"""A model with one code per token as a plain causal language model, for any server to draw with."""
+
+import copy
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from unicompress.backbones.base import CodeSpace
+from unicompress.checkpoint import read_json, write_json
+from unicompress.errors import InputError
+from unicompress.sequence import ImageLayout
+
+BEGIN, SEPARATOR, END = "<img:begin>", "<img:separator>", "<img:end>"
+SLOTS = "image_slots.json"
+
+
+def slot_entries(layout: ImageLayout, space: CodeSpace) -> list[tuple[int, int]]:
+    """First entry and number of entries that may follow BOS, place by place up to EOS."""
+    globals_ = [(space.first("global"), space.size("global"))] * layout.global_count
+    locals_ = [(space.first("local"), space.size("local"))] * layout.local_count
+    separator = [(space.begin + 1, 1)] if layout.global_count else []
+    return [*globals_, *separator, *locals_, (space.begin + 2, 1)]
+
+
+def codes_of(
+    ids: Int[Tensor, "b l"], layout: ImageLayout, space: CodeSpace
+) -> Int[Tensor, "b n 1"]:
+    """Vocabulary entries that follow BOS (the delimiters may be among them) back to codes."""
+    globals_ = ids[:, : layout.global_count] - space.first("global")
+    start = layout.global_count + (1 if layout.global_count else 0)
+    locals_ = ids[:, start : start + layout.local_count] - space.first("local")
+    return torch.cat([globals_, locals_], dim=1)[..., None]
+
+
+class ImageSlots(LogitsProcessor):
+    """Allows, after BOS, only what eq. 5 has in each place; text is left alone.
+
+    Reads `image_slots.json` of an exported folder. Pass it to `generate(logits_processor=[...])`.
+    """
+
+    def __init__(self, folder: str | Path):
+        slots = read_json(Path(folder) / SLOTS)
+        self.begin = int(slots["begin"])
+        self.entries = [(int(first), int(count)) for first, count in slots["entries"]]
+
+    def __call__(
+        self, input_ids: Int[Tensor, "b l"], scores: Float[Tensor, "b v"]
+    ) -> Float[Tensor, "b v"]:
+        """Scores with everything else at minus infinity."""
+        kept = scores.clone()
+        for row, ids in enumerate(input_ids):
+            begins = (ids == self.begin).nonzero()
+            place = len(ids) - 1 - int(begins[-1]) if len(begins) else len(self.entries)
+            if place < len(self.entries):
+                first, count = self.entries[place]
+                kept[row, :first] = -torch.inf
+                kept[row, first + count :] = -torch.inf
+        return kept
+
+
+def export_plain_lm(
+    folder: str | Path,
+    *,
+    lm: PreTrainedModel,
+    text: PreTrainedTokenizerFast,
+    space: CodeSpace,
+    layout: ImageLayout,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write language model and tokenizer; `<img:7>` is code 7, `caption<img:begin>` the prompt.
+
+    What follows the prompt is eq. 5: `<img:global:7>` stands for the globals where they have a
+    codebook of their own. `image_slots.json` tells servers what is allowed in each place. Reading
+    images is not part of the export: their continuous tokens are no vocabulary entries. Raises
+    InputError for several codes per token.
+    """
+    if space.codes_per_token != 1:
+        raise InputError(
+            f"only a model with one code per token is a plain language model, this one has "
+            f"{space.codes_per_token}: keep it as a unified model"
+        )
+    folder = Path(folder)
+    plain = copy.deepcopy(lm)
+    if dtype is not None:
+        nn.Module.to(plain, dtype)
+    end = space.begin + 2
+    plain.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=[i for i in (text.eos_token_id, end) if i is not None],
+        pad_token_id=text.pad_token_id,
+        max_new_tokens=layout.length - 1,
+    )
+    plain.save_pretrained(folder)
+    tokenizer_with_codes(text, space).save_pretrained(folder)
+    write_json(
+        {
+            "prompt": "{caption}" + BEGIN,
+            "begin": space.begin,
+            "separator": space.begin + 1 if layout.global_count else None,
+            "end": end,
+            "global_count": layout.global_count,
+            "local_rows": layout.grid.rows,
+            "local_columns": layout.grid.columns,
+            "entries": [list(slot) for slot in slot_entries(layout, space)],
+        },
+        folder / SLOTS,
+    )
+
+
+def tokenizer_with_codes(
+    text: PreTrainedTokenizerFast, space: CodeSpace
+) -> PreTrainedTokenizerFast:
+    """A copy of the text tokenizer whose added tokens are the image's entries, at their ids."""
+    extended = copy.deepcopy(text)
+    # Language models often have more entries than their tokenizer: the gap needs names too.
+    fill = [f"<unused:{i}>" for i in range(len(text), space.text_size)]
+    codes = [f"<img:{i}>" for i in range(space.local_size)]
+    codes += [f"<img:global:{i}>" for i in range(space.global_size)]
+    extended.add_tokens([AddedToken(t, normalized=False, special=True) for t in fill])
+    delimiters = [AddedToken(t, normalized=False, special=True) for t in (BEGIN, SEPARATOR, END)]
+    extended.add_tokens(delimiters, special_tokens=True)
+    extended.add_tokens([AddedToken(t, normalized=False) for t in codes])
+    if extended.convert_tokens_to_ids(codes[0]) != space.first_code:
+        raise InputError(
+            f"the text tokenizer already knows {BEGIN} or {codes[0]}: rename them before export"
+        )
+    return extended

@@ -1,0 +1,115 @@
+"""What a unified model is built from and stored as: its configuration, vocabulary and weights."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from unicompress.backbones.base import CodeSpace
+from unicompress.backbones.causal_lm import CausalLM
+from unicompress.checkpoint import load_into
+from unicompress.codec import ImageCodec
+from unicompress.errors import CheckpointError, InputError
+from unicompress.tokenizers.base import ImageTokenizer
+
+SOURCES = ("continuous", "quantized")
+LOSSES = ("slot", "vocabulary")
+
+
+class UnifiedConfig(PreTrainedConfig):
+    """What rebuilds a unified model: its parts as plain values."""
+
+    model_type = "unicompress"
+
+    lm: dict[str, Any] | None = None  # the language model's own configuration
+    tokenizer: str = ""  # spec of the host, as in `tokenizers.build`
+    codec: dict[str, Any] | None = None  # CodecSpec; None: the dense model
+    projector: str = "local"
+    understanding_source: str = "continuous"
+    code_loss: str = "slot"
+    text_size: int = 0
+    attention: str = "sdpa"
+
+
+def code_space(text_size: int, tokenizer: ImageTokenizer, codec: ImageCodec | None) -> CodeSpace:
+    """The vocabulary of a model; a codec with its own codebooks has one range per stream."""
+    depth, size = tokenizer.spec.codes_per_token, tokenizer.spec.codebook_size
+    kinds = {codec.spec.global_codebook, codec.spec.local_codebook} if codec else set()
+    if codec is None or codec.spec.identity or kinds == {"shared"}:
+        return CodeSpace(text_size, depth, size)
+    global_size, local_size = codec.codebook_sizes
+    return CodeSpace(text_size, depth, local_size, global_size if codec.spec.global_count else 0)
+
+
+def check_options(
+    tokenizer: ImageTokenizer, codec: ImageCodec | None, understanding_source: str, code_loss: str
+) -> None:
+    """Raise InputError for parts and options that do not fit together."""
+    for name, value, known in (
+        ("understanding_source", understanding_source, SOURCES),
+        ("code_loss", code_loss, LOSSES),
+    ):
+        if value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if codec is not None and codec.tokenizer is not tokenizer:
+        raise InputError("the codec was built around another tokenizer object: pass that one")
+    if code_loss == "vocabulary" and tokenizer.spec.codes_per_token > 1:
+        raise InputError(
+            "code_loss 'vocabulary' needs one code per token, this tokenizer has "
+            f"{tokenizer.spec.codes_per_token}: use 'slot'"
+        )
+
+
+def build_lm(config: UnifiedConfig) -> PreTrainedModel:
+    """The language model of a configuration, with fresh weights."""
+    values = dict(config.lm or {})
+    kind = str(values.pop("model_type", ""))
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"unknown language model type {kind!r}: this transformers is too old or lacks it"
+        )
+    own = CONFIG_MAPPING[kind].from_dict(values)
+    return AutoModelForCausalLM.from_config(
+        own, attn_implementation=config.attention, dtype=torch.float32
+    )
+
+
+def tied_names(lm: PreTrainedModel) -> dict[str, str]:
+    """Weights of a language model that are another one's: name -> name of the original."""
+    return dict(lm.all_tied_weights_keys)
+
+
+def merged_lm(lm: PreTrainedModel) -> PreTrainedModel:
+    """The language model with its adapter, if it has one, merged into a copy of it."""
+    if not hasattr(lm, "merge_and_unload"):
+        return lm
+    adapted: Any = copy.deepcopy(lm)
+    return adapted.merge_and_unload()
+
+
+def plain_state(backbone: CausalLM) -> dict[str, Tensor]:
+    """Weights of a backbone by the names they have without adapter; tied ones once."""
+    lm = merged_lm(backbone.lm)
+    tied = tied_names(lm)
+    own = {f"backbone.lm.{n}": t for n, t in lm.state_dict().items() if n not in tied}
+    for name, child in backbone.named_children():
+        if name != "lm":
+            own |= child.state_dict(prefix=f"backbone.{name}.")
+    return own
+
+
+def untied(tensors: dict[str, Tensor], lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Stored weights, with tied ones under all their names."""
+    names = {f"backbone.lm.{a}": f"backbone.lm.{b}" for a, b in tied_names(lm).items()}
+    return {**tensors, **{a: tensors[b] for a, b in names.items() if b in tensors}}
+
+
+def load_part(module: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the weights of one part of a model, which stand under its name."""
+    prefix = f"{name}."
+    own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    load_into(module, own, path)
