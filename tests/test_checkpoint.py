@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,7 +256,7 @@ def test_a_crash_between_the_two_renames_keeps_the_old_folder(
 
 
 def test_a_state_of_every_plain_kind_comes_back(tmp_path: Path) -> None:
-    state = {
+    state: dict[Any, Any] = {
         "weights": {"a": torch.randn(3)},
         "random": torch.random.get_rng_state(),
         "python": (3, tuple(range(4)), None),
@@ -265,8 +266,8 @@ def test_a_state_of_every_plain_kind_comes_back(tmp_path: Path) -> None:
     }
     save_training_state(state, tmp_path / "checkpoint")
     found = load_training_state(tmp_path / "checkpoint")
-    assert torch.equal(found["weights"].pop("a"), state["weights"].pop("a"))  # type: ignore
-    assert torch.equal(found.pop("random"), state.pop("random"))  # type: ignore[call-overload]
+    assert torch.equal(found["weights"].pop("a"), state["weights"].pop("a"))
+    assert torch.equal(found.pop("random"), state.pop("random"))
     assert found == state
 
 

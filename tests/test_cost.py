@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from eval_pair import tiny_pair
 from unicompress.checkpoint import fingerprint
 from unicompress.errors import InputError
 from unicompress.evals import cost
@@ -19,8 +20,6 @@ from unicompress.evals.cost import (
     take_turns,
 )
 from unicompress.evals.language_models import LMS, random_lm
-
-from eval_pair import tiny_pair
 
 QUICK = Effort(batch=2, repeats=1, warmup=1)
 # From the model cards, in millions.

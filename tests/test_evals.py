@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval_pair import SIDE, SPEC, tiny_pair
 from unicompress import reference
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.data.scenes import Scenes
@@ -35,8 +36,6 @@ from unicompress.evals.result import Breakdown, Figures, Result, plain
 from unicompress.evals.understanding import QuestionSet, ask_all, evaluate_understanding
 from unicompress.tokenizers.toy import ToySingle
 from unicompress.tokens import Grid
-
-from eval_pair import SIDE, SPEC, tiny_pair
 
 
 def questions(count: int = 60) -> QuestionSet:
@@ -147,7 +146,9 @@ def test_answers_do_not_depend_on_the_batch() -> None:
 
 
 def test_pairing_needs_the_same_questions() -> None:
-    first, second = (evaluate_understanding(Constant(), questions(n), baselines=False) for n in (6, 7))
+    first, second = (
+        evaluate_understanding(Constant(), questions(n), baselines=False) for n in (6, 7)
+    )
     assert first.question_only is None
     assert first.compared_with(first).difference == 0
     with pytest.raises(InputError, match="same questions"):
@@ -251,12 +252,28 @@ def test_nearest_expansion_repeats_every_local_token_over_its_cell() -> None:
 
 # Whole evaluations and their JSON
 
-KEYS = {"schema", "commit", "command", "hardware", "seeds", "dense", "compressed", "ratio", "breakdown"}
+KEYS = {
+    "schema",
+    "commit",
+    "command",
+    "hardware",
+    "seeds",
+    "dense",
+    "compressed",
+    "ratio",
+    "breakdown",
+}
 FIGURES = {
     "tokens_per_image", "interface_tokens", "understanding_accuracy", "generation_accuracy", "psnr",
     "generation_seconds", "understanding_seconds", "training_step_seconds", "kv_cache_bytes",
 }  # fmt: skip
-RATIO = {"tokens", "generation_seconds", "understanding_seconds", "training_step_seconds", "kv_cache_bytes"}
+RATIO = {
+    "tokens",
+    "generation_seconds",
+    "understanding_seconds",
+    "training_step_seconds",
+    "kv_cache_bytes",
+}
 PARTS = {"prefill", "lm_steps", "head", "decompressor", "image_decoder"}
 FEW = Amount(questions=12, easy_vqa=8, prompts=3, pictures=3, similarity=False)
 
@@ -331,7 +348,13 @@ def test_json_holds_no_infinities_and_no_foreign_types() -> None:
         value: float
 
     made = plain(
-        {"a": float("inf"), "b": np.float32(0.5), "c": torch.tensor([1, 2]), "d": Inner(1.5), 5: (True,)}
+        {
+            "a": float("inf"),
+            "b": np.float32(0.5),
+            "c": torch.tensor([1, 2]),
+            "d": Inner(1.5),
+            5: (True,),
+        }
     )
     assert made == {"a": None, "b": 0.5, "c": [1, 2], "d": {"value": 1.5}, "5": [True]}
     json.dumps(made, allow_nan=False)
@@ -370,14 +393,16 @@ def test_the_hardware_line_names_processor_and_torch() -> None:
 def test_a_missing_reference_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "WEIGHTS", tmp_path)
     assert not reference.available()
-    with pytest.raises(CheckpointError, match="'dense' is not in .*: reinstall") as caught:
+    with pytest.raises(CheckpointError, match=r"'dense' is not in .*: reinstall") as caught:
         reference.load("dense")
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="use one of dense, compressed"):
         reference.folder("sparse")
 
 
-def test_the_reference_loads_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_loads_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_pair().compressed
     assert model is not None
     model.save_pretrained(tmp_path / "compressed", dtype=torch.bfloat16)

@@ -4,10 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.reference import equations
+from torch.nn import functional as F
 
+from unicompress.decompressors import Decompressor
 from unicompress.errors import InputError
 from unicompress.global_tokens import global_tokens
-from unicompress.layers import grid_coordinates, position_features
+from unicompress.layers import from_cells, grid_coordinates, position_features, to_cells
 from unicompress.tokens import Grid
 
 SPECS = ["meta", "meta(depth=3, mixing=1)", "meta(positions=False)", "mean", "cls"]
@@ -142,3 +144,37 @@ def test_mistakes_are_named():
         build("mean")(torch.zeros(1, 4, 5), Grid(2, 2))
     with pytest.raises(InputError, match="depth must be at least 1"):
         build("meta(depth=0)")
+
+
+@pytest.mark.parametrize("spec", ["meta", "cls"])
+def test_globals_learn_what_pooling_loses(spec):
+    """Each image repeats one of four zero-mean patterns, which the mean of a cell cannot show."""
+    grid, patterns = Grid(4, 4), torch.randn(4, 4, 4)
+    patterns = patterns - patterns.mean(dim=1, keepdim=True)
+    extractor = build(spec, dim=4, count=2)
+    decompressor = Decompressor(
+        code_dim=4, codes_per_token=1, codebook_size=1, order="parallel", head="regression",
+        width=32, depth=1, heads=2, residual=True,
+    )  # fmt: skip
+
+    def images(count):
+        cells = torch.randn(count, 4, 1, 4) + patterns[torch.randint(4, (count, 1))]
+        return from_cells(cells, grid, 2)
+
+    def losses(dense):
+        locals_ = to_cells(dense, grid, 2).mean(dim=2)
+        globals_ = extractor(dense, grid)
+        rolled = globals_.roll(1, dims=0)
+        return [F.mse_loss(decompressor(g, locals_, grid, 2), dense) for g in (globals_, rolled)]
+
+    extractor.calibrate(images(64), grid)
+    parameters = [*extractor.parameters(), *decompressor.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=5e-3)
+    before, _ = losses(images(256))
+    for _ in range(150):
+        optimizer.zero_grad()
+        losses(images(32))[0].backward()
+        optimizer.step()
+    after, shuffled = losses(images(256))
+    assert float(after) < 0.3 * float(before)
+    assert float(shuffled) > 2 * float(after)

@@ -15,7 +15,7 @@ from unicompress.data.scenes import Scene, SceneObject, Scenes, caption, parse_c
 from unicompress.errors import InputError
 
 Pixels = NDArray[np.uint8]
-COUNT = 200  # of val and of test each; every fourth has a held-out pair
+COUNT = 125  # of val and of test each; every fourth has a held-out pair
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_true_pictures_are_read_whole(truths: list[tuple[Scene, Pixels]]) -> Non
 def test_mildly_damaged_pictures_are_read_too(
     damage: Callable[[Pixels], Pixels], truths: list[tuple[Scene, Pixels]]
 ) -> None:
-    means = mean_scores([score(damage(pixels), scene) for scene, pixels in truths[::3]])
+    means = mean_scores([score(damage(pixels), scene) for scene, pixels in truths[::4]])
     assert means["whole"] >= 0.97
 
 

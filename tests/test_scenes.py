@@ -41,7 +41,7 @@ from unicompress.data.scenes import (
 )
 from unicompress.errors import InputError
 
-COUNT = 1200
+COUNT = 400
 
 
 @pytest.fixture(scope="module")

@@ -364,16 +364,16 @@ class Decompressor(nn.Module):
                 f"this decompressor was built for strides {', '.join(map(str, self.strides))}, "
                 f"got {stride}: choose one of them or train with strides=(..., {stride})"
             )
+        if globals_.ndim != 3 or globals_.shape[-1] != self.code_dim:
+            raise InputError(
+                f"global tokens must have shape [batch, count, {self.code_dim}], "
+                f"got {list(globals_.shape)}"
+            )
         expected = (globals_.shape[0], grid.pooled(stride).length, self.code_dim)
         if tuple(locals_.shape) != expected:
             raise InputError(
                 f"a {grid.rows}x{grid.columns} grid at stride {stride} needs local tokens of shape "
                 f"{list(expected)}, got {list(locals_.shape)}"
-            )
-        if globals_.ndim != 3 or globals_.shape[-1] != self.code_dim:
-            raise InputError(
-                f"global tokens must have shape [batch, count, {self.code_dim}], "
-                f"got {list(globals_.shape)}"
             )
         if globals_.shape[1] > self.max_globals:
             raise InputError(

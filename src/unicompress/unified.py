@@ -24,6 +24,7 @@ from unicompress.hub import fetch_folder
 from unicompress.losses import LossOutput, answer_loss, code_loss
 from unicompress.sequence import pack_text
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
+from unicompress.unified_base import UnifiedBase
 from unicompress.unified_parts import (
     UnifiedConfig,
     check_options,

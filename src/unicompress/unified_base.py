@@ -116,8 +116,8 @@ class UnifiedBase(PreTrainedModel):
             )
         if not len(images) or not images.is_floating_point():
             raise InputError(
-                f"images must be at least one picture of floats in [-1, 1], got {list(images.shape)} "
-                f"of {images.dtype}"
+                "images must be at least one picture of floats in [-1, 1], got "
+                f"{list(images.shape)} of {images.dtype}"
             )
         images = images.to(self.tokenizer.device, next(self.tokenizer.parameters()).dtype)
         with self._exact():

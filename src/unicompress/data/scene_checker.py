@@ -9,6 +9,7 @@ centroid, sharp or blurred, overlaps best with these shares: blur changes neithe
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +77,7 @@ class SceneScore:
     whole: bool  # exactly the wanted objects, and the relation holds
 
 
-def read_scene(pixels: Pixels) -> tuple[FoundObject, ...]:
+def read_scene(pixels: NDArray[Any]) -> tuple[FoundObject, ...]:
     """The objects of a picture (uint8 [height, width, 3], square or nearly), from left to right."""
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise InputError(
@@ -186,7 +187,7 @@ def _blur(length: int, sigma: float) -> NDArray[np.float32]:
     return weights.astype(np.float32)
 
 
-def score(pixels: Pixels, wanted: Scene | ParsedCaption) -> SceneScore:
+def score(pixels: NDArray[Any], wanted: Scene | ParsedCaption) -> SceneScore:
     """Compare a picture with a scene, or with what a caption demands."""
     found = read_scene(pixels)
     best = {thing.colour: thing for thing in sorted(found, key=lambda thing: thing.extent)}

@@ -39,7 +39,7 @@ CLEAR = 8 / 64  # one displacement must exceed the other by this before a relati
 
 # The tokenizer must spend its codes on the objects: backgrounds are grey, and texture and noise
 # are far weaker than the contrast of any object.
-GREY = (100, 170)  # range of the mean level
+GREY = (100.0, 170.0)  # range of the mean level
 TINT = 5.0  # largest deviation of one channel from grey
 TEXTURE = (4.0, 10.0)  # range of the amplitude
 NOISE = 5.0  # uniform in [-5, 5], standard deviation 2.9, which bounds PSNR by 39 dB

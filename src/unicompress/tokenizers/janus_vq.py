@@ -133,6 +133,12 @@ class JanusVQ(ImageTokenizer):
     def tiny(cls) -> "JanusVQ":
         torch_state = torch.random.get_rng_state()
         torch.manual_seed(0)
-        tokenizer = cls(image_size=16, latent_channels=16, code_dim=4, codebook_size=32)
+        tokenizer = cls(
+            image_size=16,
+            channel_multiplier=(1, 1),
+            latent_channels=16,
+            code_dim=4,
+            codebook_size=32,
+        )
         torch.random.set_rng_state(torch_state)
         return tokenizer

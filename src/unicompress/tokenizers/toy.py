@@ -40,13 +40,16 @@ class _Toy(ImageTokenizer):
             image_size=PATCH * rows,
             manifold=self.manifold,
         )
-        spec = self.spec
+        with torch.random.fork_rng(devices=[]):  # torch draws weights of its own on construction
+            self._build(self.spec)
+        self._initialize(torch.Generator().manual_seed(seed))
+
+    def _build(self, spec: TokenSpec) -> None:
         self.encoder = nn.Conv2d(3, spec.dim, PATCH, PATCH)
         self.projection = nn.Linear(spec.dim, spec.code_dim) if self.wide else nn.Identity()
         self.decoder = nn.ConvTranspose2d(spec.code_dim, 3, PATCH, PATCH)
-        width = spec.code_dim // (self.codes_per_token if self.manifold == "chunk_l2" else 1)
-        self.entries = nn.Parameter(torch.empty(self.codes_per_token, codebook_size, width))
-        self._initialize(torch.Generator().manual_seed(seed))
+        width = spec.code_dim // (spec.codes_per_token if spec.manifold == "chunk_l2" else 1)
+        self.entries = nn.Parameter(torch.empty(spec.codes_per_token, spec.codebook_size, width))
 
     def _initialize(self, generator: torch.Generator) -> None:
         with torch.no_grad():
