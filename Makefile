@@ -66,3 +66,18 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
 	@echo "installing unicompress and what the tests need"
 	@$(PIP) "torch==$(TORCH)" -e ".[demo,train,eval-light,dev]"
 	@touch $@
+
+# The reference experiment: tokenizer, plug-in, both language models, and their evaluation. Hours on two
+# cores; an interrupted stage goes on where it was (delete runs/reference to begin anew).
+RECIPES := recipes/reference
+RUNS := runs/reference
+
+reference: $(VENV)/test.stamp
+	@$(BIN)/unicompress train tokenizer $(RECIPES)/tokenizer.yaml --resume
+	@$(BIN)/unicompress train stage-one $(RECIPES)/stage_one.yaml --resume
+	@$(BIN)/unicompress train stage-two $(RECIPES)/stage_two_dense.yaml --resume
+	@$(BIN)/unicompress train stage-two $(RECIPES)/stage_two_compressed.yaml --resume
+	@$(BIN)/unicompress evaluate $(RUNS)/stage_two_compressed/final --dense $(RUNS)/stage_two_dense/final \
+	    --json $(RUNS)/evaluate.json
+	@$(BIN)/unicompress demo --dense $(RUNS)/stage_two_dense/final \
+	    --compressed $(RUNS)/stage_two_compressed/final --out $(RUNS)/demo

@@ -169,10 +169,15 @@ def test_quiet_puts_modes_back_after_an_error() -> None:
     module = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
     module[1].eval()
     module[0].bias.requires_grad_(False)
-    with pytest.raises(ZeroDivisionError), quiet(module):
-        assert not any(part.training for part in module.modules())
-        assert not any(p.requires_grad for p in module.parameters())
-        _ = 1 / 0
+
+    def fail() -> None:
+        with quiet(module):
+            assert not any(part.training for part in module.modules())
+            assert not any(p.requires_grad for p in module.parameters())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [part.training for part in module.modules()] == [True, True, False]
     assert [p.requires_grad for p in module.parameters()] == [True, False]
 
@@ -329,7 +334,7 @@ def test_draws_need_a_generator_and_repeat_with_it() -> None:
         {"order": "parallel", "parallel_steps": 3},
     ):
         codec = ImageCodec(host, small(**changes)).train()
-        with pytest.raises(InputError, match="pass a torch.Generator"):
+        with pytest.raises(InputError, match=r"pass a torch\.Generator"):
             codec.loss(images(host))
         first, second, third = (
             float(codec.loss(images(host), generator=drawing(seed)).total.detach())
@@ -541,5 +546,7 @@ def test_push_to_hub_uploads_what_is_saved(tmp_path: Path, monkeypatch: pytest.M
     assert address == "https://huggingface.co/someone/plug-in"
     stored, _ = load_safetensors(tmp_path / "up")
     assert set(stored) == set(codec.state_dict())
-    with pytest.raises(CheckpointError, match="cannot upload to someone/else .*Connection refused"):
+    with pytest.raises(
+        CheckpointError, match=r"someone/else .*Connection refused"
+    ):
         codec.push_to_hub("someone/else")

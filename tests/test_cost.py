@@ -14,14 +14,17 @@ from unicompress.evals.cost import (
     BENCHES,
     Effort,
     Pair,
+    bench_generation,
     count_flops,
     kv_cache_bytes,
     medians,
     take_turns,
 )
 from unicompress.evals.language_models import LMS, random_lm
+from unicompress.generate import Sampling
 
-QUICK = Effort(batch=2, repeats=1, warmup=1)
+QUICK = Effort(batch=1, repeats=1, warmup=0, flops=False)
+COUNTED = Effort(batch=1, repeats=1, warmup=1)
 # From the model cards, in millions.
 PARAMETERS = {
     "smollm2-135m": 134.5,
@@ -53,7 +56,7 @@ def test_one_slow_run_does_not_move_the_median() -> None:
 
 
 def test_drawing_is_timed_with_its_parts() -> None:
-    found = BENCHES["generation"](tiny_pair(), QUICK)
+    found = bench_generation(tiny_pair(), COUNTED, sampling=Sampling())
     assert found.dense.tokens_per_image == 64
     assert found.compressed.tokens_per_image == 20
     for side, parts in (
@@ -72,7 +75,7 @@ def test_drawing_is_timed_with_its_parts() -> None:
 
 
 def test_answering_is_timed_on_both_sides() -> None:
-    found = BENCHES["understanding"](tiny_pair(), QUICK)
+    found = BENCHES["understanding"](tiny_pair(), COUNTED)
     assert found.dense.understanding_seconds is not None
     assert found.ratio["understanding_seconds"] is not None
     assert found.details["understanding"]["flops"]["dense"] > 0
@@ -101,7 +104,7 @@ def test_the_decompressor_is_timed_in_every_order_and_head() -> None:
 def test_one_side_may_be_missing() -> None:
     pair = tiny_pair()
     alone = Pair(dense=None, compressed=pair.compressed)
-    found = BENCHES["understanding"](alone, Effort(batch=1, repeats=1, warmup=0, flops=False))
+    found = BENCHES["understanding"](alone, QUICK)
     assert found.dense.understanding_seconds is None
     assert found.ratio["tokens"] is None
     assert found.details["understanding"]["flops"] is None

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval_pair import tiny_pair
+from saved_pair import save_tiny_pair
 from unicompress import cli, reference
 from unicompress.data.images import load_image
 from unicompress.evals import demo
@@ -43,8 +43,7 @@ def test_what_the_demo_needs_is_installed(extra: str) -> None:
 
 def test_demo_on_tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "DemoSize", lambda: QUICK)
-    for name, model in tiny_pair():
-        model.save_pretrained(tmp_path / name)
+    save_tiny_pair(tmp_path)
     models = ("--dense", str(tmp_path / "dense"), "--compressed", str(tmp_path / "compressed"))
     found = run(tmp_path / "out", *models)
     assert found["dense"]["tokens_per_image"] == 64

@@ -64,7 +64,7 @@ def test_mean_is_a_map_of_the_mean():
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 7),
     columns=st.integers(1, 7),
@@ -146,12 +146,11 @@ def test_mistakes_are_named():
         build("meta(depth=0)")
 
 
-@pytest.mark.parametrize("spec", ["meta", "cls"])
-def test_globals_learn_what_pooling_loses(spec):
+def test_globals_learn_what_pooling_loses():
     """Each image repeats one of four zero-mean patterns, which the mean of a cell cannot show."""
     grid, patterns = Grid(4, 4), torch.randn(4, 4, 4)
     patterns = patterns - patterns.mean(dim=1, keepdim=True)
-    extractor = build(spec, dim=4, count=2)
+    extractor = build("meta", dim=4, count=2)
     decompressor = Decompressor(
         code_dim=4, codes_per_token=1, codebook_size=1, order="parallel", head="regression",
         width=32, depth=1, heads=2, residual=True,
@@ -169,12 +168,14 @@ def test_globals_learn_what_pooling_loses(spec):
 
     extractor.calibrate(images(64), grid)
     parameters = [*extractor.parameters(), *decompressor.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=5e-3)
-    before, _ = losses(images(256))
-    for _ in range(150):
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    with torch.no_grad():
+        before, _ = losses(images(256))
+    for _ in range(80):
         optimizer.zero_grad()
         losses(images(32))[0].backward()
         optimizer.step()
-    after, shuffled = losses(images(256))
+    with torch.no_grad():
+        after, shuffled = losses(images(256))
     assert float(after) < 0.3 * float(before)
     assert float(shuffled) > 2 * float(after)

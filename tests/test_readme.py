@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, its commands and paths exist, and so do those of the docs."""
+"""README and docs are true: their Python runs, their commands and paths exist."""
 
 import contextlib
 import re

@@ -15,7 +15,7 @@ from unicompress.data.scenes import Scene, SceneObject, Scenes, caption, parse_c
 from unicompress.errors import InputError
 
 Pixels = NDArray[np.uint8]
-COUNT = 125  # of val and of test each; every fourth has a held-out pair
+COUNT = 100  # of val and of test each; every fourth has a held-out pair
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_shapeless_blob_has_no_shape() -> None:
 # --- one mistake at a time ---
 
 
-@pytest.fixture()
+@pytest.fixture
 def pair() -> Scene:
     """A large red circle left of a small blue square."""
     red = SceneObject("red", "circle", "large", 0.3, 0.5, 26 / 64)

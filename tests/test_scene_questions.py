@@ -15,7 +15,7 @@ from unicompress.data.scene_render import (
 )
 from unicompress.data.scenes import Scenes, sample_scene
 
-COUNT = 800
+COUNT = 500
 PLACES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 Asked = list[tuple[Scene, tuple[Question, ...]]]
@@ -99,7 +99,9 @@ def test_questions_of_a_picture_differ_and_are_as_many_as_asked_for(train: Asked
 
 def test_more_questions_than_a_scene_allows_end() -> None:
     lonely = SceneObject("red", "circle", "small", 0.5, 0.5, 0.25)
-    scene = Scene((lonely,), None, Background("checks", (120.0, 120.0, 120.0), 5.0, (3.0, 3.0), 0.0), 0)
+    scene = Scene(
+        (lonely,), None, Background("checks", (120.0, 120.0, 120.0), 5.0, (3.0, 3.0), 0.0), 0
+    )
     kinds = set()
     for seed in range(8):
         questions = ask(scene, Dice(seed), 500)
@@ -150,8 +152,9 @@ def test_each_form_of_a_count_is_balanced(train: Asked, test: Asked) -> None:
                 answers[q.text][q.answer] += 1
     for text, counts in answers.items():
         assert len(counts) == 3, text
+        error = (2 / 9 / counts.total()) ** 0.5
         for count in counts.values():
-            assert abs(count / counts.total() - 1 / 3) < 0.06, text
+            assert abs(count / counts.total() - 1 / 3) < 4 * error, text
 
 
 def test_a_no_differs_from_an_object_in_one_attribute(train: Asked) -> None:
@@ -171,5 +174,5 @@ def names_held_out(question: Question) -> bool:
 def test_training_questions_never_name_a_held_out_pair(train: Asked, test: Asked) -> None:
     assert not any(names_held_out(q) for _, questions in train for q in questions)
     named = Counter(q.answer for _, questions in test for q in questions if names_held_out(q))
-    assert named.total() > 60
-    assert abs(named["yes"] / named.total() - 0.5) < 0.2  # neither answer gives it away
+    assert named.total() > 30
+    assert abs(named["yes"] / named.total() - 0.5) < 0.25  # neither answer gives it away

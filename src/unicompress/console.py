@@ -1,6 +1,5 @@
 """Speaking to people: errors in one line, tables, progress bars, and the JSON beside them."""
 
-import os
 import shlex
 import sys
 import traceback
@@ -39,13 +38,17 @@ class Commands(TyperGroup):
             _fail(f"{error.format_message()} (see {place} --help)", debug)
         except UnicompressError as error:
             _fail(str(error), debug)
-        except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
         except OSError as error:
             _fail(f"{error.strerror or error}: {error.filename or 'no file name known'}", debug)
-        except (KeyboardInterrupt, typer.Abort):
+        except typer.Abort:
             _fail("interrupted", debug, code=INTERRUPTED)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; typer's own handling of Ctrl-C depends on its version."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Abort from error
 
 
 def _fail(message: str, debug: bool, code: int = USAGE) -> None:
@@ -56,6 +59,7 @@ def _fail(message: str, debug: bool, code: int = USAGE) -> None:
 
 
 def command_line() -> str:
+    """What was typed, for the record in a result."""
     return shlex.join(["unicompress", *sys.argv[1:]])
 
 
@@ -68,6 +72,7 @@ def write_values(path: Path | None, values: Mapping[str, Any]) -> None:
 
 
 def write_result(path: Path | None, result: "Result") -> None:
+    """The JSON of a command that measures, in the shape that all of them share."""
     if path is not None:
         result.write(path)
 

@@ -52,7 +52,7 @@ def code_rows(
         codes[place, :, place] = torch.arange(codebook_size)
     rows = torch.stack([embed(one[None].to(device))[0] for one in codes])  # others are code 0
     shifts = (rows - rows[:, :1]).mean(dim=1, keepdim=True)  # mean minus code 0, per place
-    return rows + shifts.sum(dim=0, keepdim=True) - shifts
+    return rows + (shifts.sum(dim=0, keepdim=True) - shifts)
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from unicompress.backbones.causal_lm import check_causal_lm, vocabulary
-from unicompress.checkpoint import load_safetensors, read_json, save_safetensors
+from unicompress.checkpoint import atomic_write, load_safetensors, read_json, save_safetensors
 from unicompress.codec import ImageCodec
 from unicompress.errors import CheckpointError, InputError
 from unicompress.export import export_plain_lm
@@ -265,17 +265,21 @@ class UnifiedModel(UnifiedBase):
         `push_to_hub` passes and has no effect.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = dict(self.tokenizer.state_dict(prefix="tokenizer."))
         if self.codec is not None:
             tensors |= self.codec.state_dict(prefix="codec.")
         tensors |= plain_state(self.backbone)
         if dtype is not None:
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-        self.text.save_pretrained(folder)
-        save_safetensors(tensors, folder / WEIGHTS, {"format": FORMAT})
         self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(folder)
+        config = self.config.to_json_string().encode()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.text.save_pretrained(folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+        save_safetensors(tensors, folder / WEIGHTS, {"format": FORMAT})
+        atomic_write(folder / CONFIG, lambda file: file.write(config))
 
     def export_causal_lm(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a plain causal LM that draws (one code per token only); see `export_plain_lm`."""

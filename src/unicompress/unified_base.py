@@ -148,10 +148,11 @@ class UnifiedBase(PreTrainedModel):
     def _image_embeds(self, images: Tensor) -> Float[Tensor, "b l h"]:
         """The image as understanding sees it, after the text's own start token if it has one."""
         layout = self.layout
-        features = self._features(images)
+        features = self._features(images).to(next(self.backbone.projector.parameters()).dtype)
         globals_, locals_ = features.split([layout.global_count, layout.local_count], dim=1)
         projected = self.backbone.embed_features(globals_, locals_, layout.grid)
-        embeds = layout.arrange(self.backbone.delimiters(), projected)
+        delimiters = self.backbone.delimiters()
+        embeds = layout.arrange(delimiters, projected.to(delimiters))  # autocast may have narrowed
         start = torch.tensor([self._start()], dtype=torch.long, device=embeds.device)
         opening = self.backbone.embed_text(start.expand(len(embeds), -1))
         return torch.cat([opening.to(embeds), embeds], dim=1)

@@ -217,7 +217,7 @@ class CausalLM(Backbone):
     def delimiters(self) -> Float[Tensor, "3 h"]:
         """Learned embeddings of BOS, SEP and EOS."""
         ids = torch.arange(self.space.begin, self.space.begin + 3)
-        return self.embed_text(ids.to(vocabulary(self.inner).device)[None])[0]
+        return self.embed_text(ids.to(self.inner.device)[None])[0]
 
     def embed_features(
         self, globals_: Float[Tensor, "b g d"], locals_: Float[Tensor, "b m d"], grid: Grid

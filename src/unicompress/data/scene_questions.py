@@ -15,7 +15,6 @@ from unicompress.data.scene_render import (
     SIZES,
     Dice,
     Scene,
-    SceneObject,
     relation_between,
     seen_shapes,
 )
@@ -91,10 +90,6 @@ def ask(scene: Scene, dice: Dice, count: int) -> tuple[Question, ...]:
     return tuple(asked.values())
 
 
-def _holds(wanted: Wanted, thing: SceneObject) -> bool:
-    return wanted.items() <= vars(thing).items()
-
-
 def _words(wanted: Wanted) -> str:
     """The attributes in speaking order, with `object` where the shape is left open."""
     named = [wanted[name] for name in ("size", "colour") if name in wanted]
@@ -127,6 +122,7 @@ def _absent_held_out(scene: Scene, dice: Dice) -> Wanted:
 
 def _nearly(scene: Scene, dice: Dice, wanted: Wanted) -> Wanted:
     """The same attributes with one changed so that no object has them; never a held-out pair."""
+    here = [vars(thing).items() for thing in scene.objects]
     near: list[Wanted] = []
     for name, values in (("size", SIZES), ("colour", COLOURS), ("shape", SHAPES)):
         if name not in wanted:
@@ -136,7 +132,7 @@ def _nearly(scene: Scene, dice: Dice, wanted: Wanted) -> Wanted:
             other
             for other in changed
             if (other.get("shape"), other.get("colour")) not in HELD_OUT
-            and not any(_holds(other, thing) for thing in scene.objects)
+            and not any(other.items() <= thing for thing in here)
         ]
         if changed:
             near.append(_as_often_as_shown(dice, changed))
@@ -169,11 +165,12 @@ def _count(scene: Scene, dice: Dice) -> Question | None:
 
 def _colour(scene: Scene, dice: Dice) -> Question | None:
     """`what color is the circle?`, in the spelling of easy-vqa, where that names one object."""
+    here = [vars(thing).items() for thing in scene.objects]
     unique: list[tuple[str, str]] = []
     for thing in scene.objects:
         for form in (("shape",), ("size",), ("size", "shape")):
             wanted = {name: getattr(thing, name) for name in form}
-            if sum(_holds(wanted, other) for other in scene.objects) == 1:
+            if sum(wanted.items() <= other for other in here) == 1:
                 unique.append((_words(wanted), thing.colour))
     if not unique:
         return None

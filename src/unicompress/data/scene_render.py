@@ -6,6 +6,7 @@ the comments are for 64 pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -50,7 +51,7 @@ T = TypeVar("T")
 
 
 class Dice:
-    """Uniform draws in [0, 1) from a counter-based generator, fetched in blocks for speed.
+    """Uniform draws from a counter-based generator, fetched in blocks for speed.
 
     The same whole numbers in `key` give the same draws on every machine.
     """
@@ -59,13 +60,8 @@ class Dice:
 
     def __init__(self, *key: int):
         self.generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-        self._left: list[float] = []
-
-    def roll(self) -> float:
-        """One draw."""
-        if not self._left:
-            self._left = self.generator.random(self.BLOCK).tolist()
-        return self._left.pop()
+        blocks = iter(lambda: self.generator.random(self.BLOCK).tolist(), None)
+        self.roll: Callable[[], float] = chain.from_iterable(blocks).__next__  # one, in [0, 1)
 
     def between(self, low: float, high: float) -> float:
         """One draw in [low, high)."""
@@ -77,7 +73,8 @@ class Dice:
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
         """The items in random order."""
-        return sorted(items, key=lambda _: self.roll())
+        roll = self.roll
+        return sorted(items, key=lambda _: roll())
 
 
 @dataclass(frozen=True)

@@ -217,11 +217,11 @@ def _relation(dice: Dice, objects: tuple[SceneObject, ...]) -> Relation | None:
 def _background(dice: Dice) -> Background:
     texture, grey = dice.pick(TEXTURES), dice.between(*GREY)
     red, green, blue = (grey + dice.between(-TINT, TINT) for _ in range(3))
-    angle, waves = dice.between(0, 2 * math.pi), dice.between(2, 5)
+    angle, waves = dice.between(0.0, 2 * math.pi), dice.between(2.0, 5.0)
     return Background(
         texture=texture,
         level=(red, green, blue),
         amplitude=dice.between(*TEXTURE),
         wave=(waves * math.cos(angle), waves * math.sin(angle)),
-        phase=dice.between(0, 2 * math.pi),
+        phase=dice.between(0.0, 2 * math.pi),
     )

@@ -128,7 +128,7 @@ def bench_generation(
     )
     found = medians(seconds)
     flops = _flops(tasks, effort)
-    longest = max(len(model._ids(prompt)) for _, model in pair for prompt in prompts)
+    tokens = pair.any.text(prompts, add_special_tokens=False)["input_ids"]
     return _result(
         pair,
         effort,
@@ -138,7 +138,7 @@ def bench_generation(
             side: _breakdown(parts[side][effort.warmup : effort.warmup + effort.repeats])
             for side in found
         },
-        prompt_tokens=longest,
+        prompt_tokens=max(len(ids) for ids in tokens),
         details={"seconds": seconds, "flops": flops, "sampling": sampling},
     )
 

@@ -42,17 +42,18 @@ from unicompress.evals.report import (
     Report,
     ShownPicture,
     ShownPrompt,
+    change,
     charts_of,
     contact_sheet,
     data_uri,
     png,
-    points,
-    times_fewer,
+    times,
     write_report,
 )
 from unicompress.evals.result import Progress, Result
 from unicompress.evals.understanding import QuestionSet, UnderstandingScore, evaluate_understanding
 from unicompress.generate import Sampling
+from unicompress.registry import require
 from unicompress.unified import UnifiedModel
 
 FIRST_PROMPT = 500_000  # index of the first scene that is drawn: none of them is also asked about
@@ -111,6 +112,7 @@ def run_demo(
     if dense.codec is not None or compressed.codec is None:
         raise InputError("the demo compares a model without a codec (dense) with one that has it")
     size, out = size or DemoSize(), Path(out_dir)
+    _check_output(out)
     run = _use(dense, compressed, size, progress)
     result = _measure(Pair(dense, compressed), size, run, command, progress)
     report = Report(
@@ -125,6 +127,17 @@ def run_demo(
     result.write(out / "report.json")
     write_report(report, out / "report.html")
     return result
+
+
+def _check_output(out: Path) -> None:
+    """Fail before the work rather than after it."""
+    require("jinja2", extra="demo")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {out} ({error.strerror}): choose another folder"
+        ) from error
 
 
 def _use(
@@ -222,42 +235,42 @@ def _headlines(result: Result, run: _Run) -> tuple[Headline, ...]:
             "tokens per picture",
             str(dense.tokens_per_image),
             str(compressed.tokens_per_image),
-            times_fewer(ratio["tokens"]).replace("less", "fewer"),
+            times(ratio["tokens"], less="fewer", more="more"),
             f"with delimiters {dense.interface_tokens} and {compressed.interface_tokens}",
         ),
         Headline(
             "time to draw",
             "1",
             f"{ratio['generation_seconds'] or math.nan:.2f}",
-            times_fewer(ratio["generation_seconds"]),
+            times(ratio["generation_seconds"], less="faster", more="slower"),
             "prompt to pixels, decompressor included",
         ),
         Headline(
             "questions answered right",
             _percent(dense.understanding_accuracy),
             _percent(compressed.understanding_accuracy),
-            points(dense.understanding_accuracy, compressed.understanding_accuracy),
+            change(dense.understanding_accuracy, compressed.understanding_accuracy, "points", 100),
             _interval(difference, len(run.tests.questions), "questions"),
         ),
         Headline(
             "prompts drawn right",
             _percent(dense.generation_accuracy),
             _percent(compressed.generation_accuracy),
-            points(dense.generation_accuracy, compressed.generation_accuracy),
+            change(dense.generation_accuracy, compressed.generation_accuracy, "points", 100),
             _interval(drawn, len(run.drawn), "prompts"),
         ),
         Headline(
             "reconstruction",
             f"{dense.psnr:.1f} dB",
             f"{compressed.psnr:.1f} dB",
-            f"{(compressed.psnr or 0) - (dense.psnr or 0):+.1f} dB",
+            change(dense.psnr, compressed.psnr, "dB"),
             f"PSNR, {len(run.samples)} pictures",
         ),
         Headline(
             "key/value cache",
             _kilobytes(dense.kv_cache_bytes),
             _kilobytes(compressed.kv_cache_bytes),
-            times_fewer(ratio["kv_cache_bytes"]),
+            times(ratio["kv_cache_bytes"], less="smaller", more="larger"),
             "one picture with its prompt",
         ),
     )

@@ -1,6 +1,6 @@
 """One model, or a dense and a compressed one, on one evaluation task or all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from unicompress.evals.result import Figures, Progress, Result, hardware
 from unicompress.evals.results_page import write_results_page
 from unicompress.evals.understanding import QuestionSet, evaluate_understanding
 from unicompress.generate import Sampling
+from unicompress.registry import require
 from unicompress.unified import UnifiedModel
 
 __all__ = ["ALL", "TASKS", "Amount", "evaluate_model", "write_results_page"]
@@ -65,12 +66,13 @@ def evaluate_model(
     known = (*TASKS, ALL)
     if task not in known:
         raise InputError(f"unknown task {task!r}: use one of {', '.join(known)}")
-    amount = amount or Amount()
+    amount, names = amount or Amount(), tuple(TASKS) if task == ALL else (task,)
+    _check_packages(names, amount)
     alone = against is None and model.codec is None
     pair = Pair(dense=model, compressed=None) if alone else Pair(dense=against, compressed=model)
     sides = {side: _known(model) for side, model in pair}
     details: dict[str, Any] = {"amount": amount}
-    for name in TASKS if task == ALL else (task,):
+    for name in names:
         outcome = TASKS[name](pair, amount, progress)
         sides = {
             side: replace(figures, **outcome.figures.get(side, {}))
@@ -85,6 +87,14 @@ def evaluate_model(
         hardware=hardware(pair.any.device),
         details=details,
     )
+
+
+def _check_packages(tasks: Sequence[str], amount: Amount) -> None:
+    """Fail before the work rather than in the middle of it."""
+    if "reconstruction" in tasks and amount.similarity:
+        require("torchmetrics", extra="eval-light")
+    if "easy-vqa" in tasks:
+        require("easy_vqa", extra="eval-light")
 
 
 def _known(model: UnifiedModel) -> Figures:

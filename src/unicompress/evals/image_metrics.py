@@ -35,7 +35,7 @@ def ssim(
 ) -> Float[Tensor, " b"]:
     """Structural similarity of each picture (torchmetrics, 11x11 Gaussian window), at most 1."""
     _same_shape(pixels, reference)
-    metric = require("torchmetrics.functional.image", extra="eval")
+    metric = require("torchmetrics.functional.image", extra="eval-light")
     similarity: Tensor = metric.structural_similarity_index_measure(
         _displayed(pixels), _displayed(reference), data_range=(-1.0, 1.0), reduction="none"
     )

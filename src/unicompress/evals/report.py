@@ -178,20 +178,21 @@ def contact_sheet(
     return torch.cat(lines, dim=-2)
 
 
-def times_fewer(ratio: float | None) -> str:
-    """A ratio compressed / dense in words for a headline."""
+def times(ratio: float | None, *, less: str, more: str) -> str:
+    """A ratio compressed / dense in words, such as `3.8x fewer`; within 5 % it is `the same`."""
     if ratio is None or ratio <= 0:
         return ""
     if ratio < 0.95:
-        return f"{1 / ratio:.1f}x less"
-    return "the same" if ratio <= 1.05 else f"{ratio:.1f}x more"
+        return f"{1 / ratio:.1f}x {less}"
+    return "the same" if ratio <= 1.05 else f"{ratio:.1f}x {more}"
 
 
-def points(dense: float | None, compressed: float | None) -> str:
-    """A difference of two accuracies in points."""
+def change(dense: float | None, compressed: float | None, unit: str, factor: float = 1.0) -> str:
+    """A difference such as `-1.3 points`, or `equal` where it rounds to nothing."""
     if dense is None or compressed is None:
         return ""
-    return f"{100 * (compressed - dense):+.1f} points"
+    difference = round(factor * (compressed - dense), 1)
+    return f"{difference:+.1f} {unit}" if difference else "equal"
 
 
 def charts_of(result: Result) -> tuple[Chart, ...]:

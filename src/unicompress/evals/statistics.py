@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from unicompress.errors import InputError
 
+Values = Sequence[float] | NDArray[Any]  # correctness as False and True counts as well
 RESAMPLES = 2000
 CHUNK = 4_000_000  # drawn indices held at once, 32 MB
 
@@ -42,9 +44,9 @@ class PairedDifference:
 
 
 def bootstrap_mean(
-    values: ArrayLike,
+    values: Values,
     *,
-    groups: Sequence[int] | NDArray | None = None,
+    groups: Sequence[int] | NDArray[Any] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
     level: float = 0.95,
@@ -62,10 +64,10 @@ def bootstrap_mean(
 
 
 def paired_difference(
-    dense: ArrayLike,
-    compressed: ArrayLike,
+    dense: Values,
+    compressed: Values,
     *,
-    groups: Sequence[int] | NDArray | None = None,
+    groups: Sequence[int] | NDArray[Any] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
     level: float = 0.95,
@@ -90,7 +92,7 @@ def paired_difference(
     return PairedDifference(float(change.mean()), low, high, change.size, p_value, level)
 
 
-def _values(values: ArrayLike) -> NDArray[np.float64]:
+def _values(values: Values) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=np.float64).reshape(-1)
     if array.size == 0:
         raise InputError("a mean needs at least one value, got none: evaluate at least one sample")
@@ -105,7 +107,7 @@ def _ends(means: NDArray[np.float64], level: float) -> tuple[float, float]:
 
 
 def _resampled_means(
-    values: NDArray[np.float64], groups: Sequence[int] | NDArray | None, seed: int, resamples: int
+    values: NDArray[np.float64], groups: Sequence[int] | NDArray[Any] | None, seed: int, resamples: int
 ) -> NDArray[np.float64]:
     """Means of `resamples` draws with replacement, of values or of whole groups."""
     if resamples < 1:

@@ -257,6 +257,15 @@ def check_options(given: Mapping[str, Any], owner: Callable[..., Any], where: st
     check_keys(given, list(inspect.signature(owner).parameters), where)
 
 
+def tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options with the tuples that constructors ask for in place of YAML's lists."""
+    return {key: _tuple(value) for key, value in options.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(entry) for entry in value) if isinstance(value, list) else value
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:

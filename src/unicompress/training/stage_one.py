@@ -16,7 +16,7 @@ from unicompress.tokenizers.io import load_tokenizer
 from unicompress.training.feed import Place, seed_of
 from unicompress.training.images import ImageBatch, ImageBatches
 from unicompress.training.loop import LoopResult, Objective, fit
-from unicompress.training.recipe import StageOneRecipe, check_keys
+from unicompress.training.recipe import StageOneRecipe, check_keys, tuples
 from unicompress.training.samples import scene_images
 
 FINAL = "final"
@@ -106,7 +106,7 @@ def codec_spec(recipe: StageOneRecipe) -> CodecSpec:
     if recipe.preset not in PRESETS:
         raise RecipeError(f"unknown preset {recipe.preset!r}: use one of {', '.join(PRESETS)}")
     check_keys(recipe.codec, (field.name for field in dataclasses.fields(CodecSpec)), "codec")
-    spec = CodecSpec.from_dict({**PRESETS[recipe.preset].to_dict(), **recipe.codec})
+    spec = dataclasses.replace(PRESETS[recipe.preset], **tuples(recipe.codec))
     if recipe.random_rate and len(spec.rates) == 1 and not spec.nested:
         raise RecipeError("random_rate has no choice: set codec.strides or codec.nested")
     return spec

@@ -15,7 +15,7 @@ from unicompress.tokenizers.janus_vq import JanusVQ
 from unicompress.training.feed import seed_of
 from unicompress.training.images import ImageBatch, ImageBatches
 from unicompress.training.loop import LoopResult, Objective, fit
-from unicompress.training.recipe import HostRecipe, TokenizerRecipe, check_options
+from unicompress.training.recipe import HostRecipe, TokenizerRecipe, check_options, tuples
 from unicompress.training.samples import scene_images
 from unicompress.training.tokenizer_loss import TokenizerObjective
 
@@ -72,9 +72,4 @@ def build_host(host: HostRecipe, *, seed: int) -> ImageTokenizer:
     check_options(host.options, member, "tokenizer.options")
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(seed, 0))
-        return member(**{key: _frozen(value) for key, value in host.options.items()})
-
-
-def _frozen(value: Any) -> Any:
-    """Lists of YAML as the tuples that constructors ask for."""
-    return tuple(_frozen(entry) for entry in value) if isinstance(value, list) else value
+        return member(**tuples(host.options))
