@@ -55,7 +55,9 @@ def test_unknown_projector_option() -> None:
         projectors.build("linear(size=3)", dim=4, hidden=8)
 
 
-def reference_depth_head(head: DepthHead, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+def reference_depth_head(
+    head: DepthHead, hidden: torch.Tensor, codes: torch.Tensor
+) -> torch.Tensor:
     """Every code on its own: rerun the whole token for each, and look at the last position."""
     rows = []
     for count in range(codes.shape[1]):
@@ -88,7 +90,9 @@ def test_depth_head_equals_plain_reference_and_its_cache() -> None:
 def test_cached_steps_equal_one_pass(attention: str) -> None:
     lm = tiny_lm(attn_implementation=attention).eval()
     projector = projectors.build("linear", dim=4, hidden=32)
-    backbone = CausalLM(lm=lm, space=CodeSpace(len(text_tokenizer()) - 30, 1, 20), projector=projector)
+    backbone = CausalLM(
+        lm=lm, space=CodeSpace(len(text_tokenizer()) - 30, 1, 20), projector=projector
+    )
     groups = torch.tensor([[SHARED, SHARED, 1, 1, 2, 2], [-1, SHARED, SHARED, 1, 1, 2]])
     positions = torch.tensor([[0, 1, 2, 3, 2, 3], [0, 0, 1, 2, 3, 2]])
     embeds = torch.randn(2, 6, 32)
@@ -116,9 +120,7 @@ def test_logits_are_slices_of_the_models_own() -> None:
 
 
 def test_other_architectures_serve() -> None:
-    lm = GPT2LMHeadModel(
-        GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    )
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64))
     check_causal_lm(lm)
 
 

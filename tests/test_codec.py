@@ -93,11 +93,14 @@ def test_unknown_and_impossible_options_are_named() -> None:
         ({"global_codebook_size": 1}, "global_codebook_size must be a whole number of at least 2"),
         ({"lambda_cb": -0.1}, "lambda_cb must be a number of at least 0"),
         ({"lambda_cb": float("nan")}, "lambda_cb must be a number"),
+        ({"lambda_cb": float("inf")}, "lambda_cb must be a number"),
+        ({"nested": "yes"}, "nested must be a bool, got 'yes'"),
+        ({"compressor": None}, "compressor must be a str, got None"),
         ({"local_dropout": 1.0}, "local_dropout must be a number from 0"),
         ({"width": 30}, "width 30 must be a multiple of heads 4"),
     ):
         with pytest.raises(InputError, match=text) as error:
-            CodecSpec(**changes)  # type: ignore[arg-type]
+            CodecSpec.from_dict(changes)
         assert "\n" not in str(error.value)
 
 
@@ -238,7 +241,9 @@ def test_gradients_reach_the_globals_straight_through(host: ImageTokenizer) -> N
 
 
 def test_eq_8_with_the_regression_head(host: ImageTokenizer) -> None:
-    codec = ImageCodec(host, small(head="regression", lambda_cb=0.3, lambda_commitment=0.7))
+    codec = ImageCodec(
+        host, small(head="regression", lambda_cb=0.3, lambda_commitment=0.7, lambda_spread=0.0)
+    )
     pixels = images(host)
     loss = codec.loss(pixels)
     with torch.no_grad():
@@ -261,7 +266,9 @@ def test_eq_8_with_the_regression_head(host: ImageTokenizer) -> None:
 
 
 def test_eq_8_with_the_codes_head(host: ImageTokenizer) -> None:
-    spec = small(lambda_reg=0.5, lambda_cb=2.0, lambda_pixel=0.1, lambda_commitment=0.0)
+    spec = small(
+        lambda_reg=0.5, lambda_cb=2.0, lambda_pixel=0.1, lambda_commitment=0.0, lambda_spread=0.0
+    )
     codec = ImageCodec(host, spec)
     pixels = images(host)
     loss = codec.loss(pixels)
@@ -279,6 +286,20 @@ def test_eq_8_with_the_codes_head(host: ImageTokenizer) -> None:
     assert float(loss.logs["accuracy"]) == float((logits.argmax(-1) == codes).float().mean())
     assert loss.pixel > 0
     assert not any(value.requires_grad for value in loss.logs.values())
+
+
+def test_globals_of_different_images_are_kept_apart(host: ImageTokenizer) -> None:
+    codec = ImageCodec(host, small(lambda_spread=0.5))
+    pixels = images(host)
+    loss = codec.loss(pixels)
+    tokens = loss.streams["global"].tokens.detach().double()  # [b, g, e]
+    likeness = 0.0
+    for slot in range(2):
+        directions = [token / token.norm() for token in tokens[:, slot]]
+        likeness += float((sum(directions) / len(directions)).norm() ** 2) / 2
+    assert float(loss.logs["global_likeness"]) == pytest.approx(likeness, rel=1e-5)
+    plain = loss.codebook + 0.01 * loss.commitment + 0.5 * likeness
+    torch.testing.assert_close(loss.total, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_all_places_add_up_to_the_embedding(host: ImageTokenizer) -> None:
@@ -452,7 +473,7 @@ def test_codes_that_fit_no_rate_are_refused(host: ImageTokenizer) -> None:
         (codes - entries, "global codes must lie from 0"),
     ):
         with pytest.raises(InputError) as error:
-            codec.decode(wrong)
+            codec.check_codes(wrong)
         assert text in str(error.value)
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="do not fit"):
@@ -546,7 +567,5 @@ def test_push_to_hub_uploads_what_is_saved(tmp_path: Path, monkeypatch: pytest.M
     assert address == "https://huggingface.co/someone/plug-in"
     stored, _ = load_safetensors(tmp_path / "up")
     assert set(stored) == set(codec.state_dict())
-    with pytest.raises(
-        CheckpointError, match=r"someone/else .*Connection refused"
-    ):
+    with pytest.raises(CheckpointError, match=r"someone/else .*Connection refused"):
         codec.push_to_hub("someone/else")

@@ -155,9 +155,7 @@ def test_images_keep_their_precision_under_autocast() -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("spec", [None, SEPARATE])
-def test_saved_folder_needs_nothing_else(
-    host: str, spec: CodecSpec | None, tmp_path: Path
-) -> None:
+def test_saved_folder_needs_nothing_else(host: str, spec: CodecSpec | None, tmp_path: Path) -> None:
     model = tiny_model(host, spec)
     model.save_pretrained(tmp_path)
     for loaded in (UnifiedModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
@@ -207,23 +205,26 @@ def test_damaged_and_foreign_folders(tmp_path: Path) -> None:
         UnifiedModel.from_pretrained(tmp_path)
 
 
-def test_adapter_is_trained_and_merged_into_the_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("entries", ["all", "image"])
+def test_adapter_is_trained_and_merged_into_the_folder(entries: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    model = tiny_model("toy_single")
-    config = peft.LoraConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
-    )
+    model, names = tiny_model("toy_single"), ["embed_tokens", "lm_head"]
+    space = model.backbone.space
+    image = list(range(space.begin, space.vocabulary_size))
+    options = {
+        "all": {"modules_to_save": names},
+        "image": {"trainable_token_indices": dict.fromkeys(names, image)},
+    }
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **options[entries])
     model.lm = peft.get_peft_model(model.lm, config)
     assert model.lm is model.backbone.lm
     with torch.no_grad():
         for name, parameter in model.lm.named_parameters():
-            if "lora" in name or "modules_to_save" in name:
+            if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.understanding_loss(pictures(2), QUESTIONS, ANSWERS).loss.backward()
     model.generation_loss(pictures(2), ["a", ""]).loss.backward()
     assert all(p.grad is not None for p in model.trainable_parameters())
-    names = {n for n, p in model.backbone.lm.named_parameters() if p.requires_grad}
-    assert all("lora" in n or "modules_to_save" in n for n in names)
     model.eval()
     model.save_pretrained(tmp_path)
     loaded = UnifiedModel.from_pretrained(tmp_path)
@@ -261,7 +262,8 @@ def test_bad_input() -> None:
         (lambda: model.answer(images, [[], []]), "no question to answer"),
         (lambda: model.answer(images, ["how?"] * 2, 0), "max_new_tokens must be at least 1"),
         (lambda: model.describe(torch.rand(1, 3, 8, 8)), r"shape \[batch, 3, 16, 24\], got"),
-        (lambda: model.describe(images[:0]), "at least one picture"),
+        (lambda: model.describe(images[:0]), "no image: pass at least one"),
+        (lambda: model.encode_image(images[:0]), "at least one picture"),
         (lambda: model.understanding_loss(images, [["a"]] * 2, [["b"], []]), "1 questions came"),
         (lambda: model.generation_loss(images, ["a"]), "2 images need one caption each, got 1"),
     ]

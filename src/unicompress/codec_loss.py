@@ -71,15 +71,17 @@ def codec_loss(
     if spec.lambda_pixel > 0:
         pixel = F.l1_loss(host.decode(dense), pixels)
     commitment = sum((s.commitment for s in streams.values()), start=regression.new_zeros(()))
+    spread = _likeness(streams["global"].tokens)
     total = (
         spec.weights[0] * regression
         + spec.weights[1] * loss
         + spec.lambda_commitment * commitment
         + spec.lambda_pixel * pixel
-        + spec.lambda_spread * _likeness(streams["global"].tokens)
+        + spec.lambda_spread * spread
     )
     terms = {"regression": regression, "codebook": loss, "commitment": commitment, "pixel": pixel}
-    logs = {name: value.detach() for name, value in {"total": total, **terms}.items()}
+    logged = {"total": total, **terms, "global_likeness": spread}
+    logs = {name: value.detach() for name, value in logged.items()}
     if guesses is not None:
         logs["accuracy"] = (guesses == target.codes)[asked].float().mean()
     logs.update(_stream_logs(streams, codebook_sizes))

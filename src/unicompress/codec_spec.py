@@ -1,15 +1,21 @@
 """The options of the plug-in, validated, and the presets that name two sets of them."""
 
-import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from unicompress.decompressors import HEADS, ORDERS
 from unicompress.errors import InputError
 
 CODEBOOKS = ("shared", "separate")
+CHOICES = {
+    "global_codebook": CODEBOOKS,
+    "local_codebook": CODEBOOKS,
+    "order": ORDERS,
+    "head": HEADS,
+}
 
 
 @dataclass(frozen=True)
@@ -45,40 +51,8 @@ class CodecSpec:
     lambda_pixel: float = 0.0  # L1 through the host's pixel decoder
 
     def __post_init__(self) -> None:
-        if not isinstance(self.strides, (list, tuple)):
-            raise InputError(f"strides must be a list of whole numbers, got {self.strides!r}")
-        object.__setattr__(self, "strides", tuple(self.strides))  # a list, when read from JSON
-        for name in ("stride", "width", "depth", "heads", "parallel_steps"):
-            _in_range(name, getattr(self, name), 1)
-        for stride in self.strides:
-            _in_range("every entry of strides", stride, 1)
-        _in_range("global_count", self.global_count, 0)
-        _in_range("mixing", self.mixing, 0)
-        for name in ("global_codebook_size", "local_codebook_size"):
-            if getattr(self, name) is not None:
-                _in_range(name, getattr(self, name), 2)
-        for name in (
-            "lambda_reg",
-            "lambda_cb",
-            "lambda_commitment",
-            "lambda_pixel",
-            "lambda_spread",
-            "teacher_noise",
-        ):
-            _in_range(name, getattr(self, name), 0.0)
-        _in_range("local_dropout", self.local_dropout, 0.0, 0.99)
-        for name, known in (
-            ("global_codebook", CODEBOOKS),
-            ("local_codebook", CODEBOOKS),
-            ("order", ORDERS),
-            ("head", HEADS),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
-        if self.width % self.heads:
-            raise InputError(f"width {self.width} must be a multiple of heads {self.heads}")
+        _check(vars(self))
+        object.__setattr__(self, "strides", tuple(self.strides))
 
     @property
     def rates(self) -> tuple[int, ...]:
@@ -97,27 +71,53 @@ class CodecSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON."""
-        return {**dataclasses.asdict(self), "strides": list(self.strides)}
+        return {**asdict(self), "strides": list(self.strides)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CodecSpec":
         """The inverse of `to_dict`; an unknown key raises InputError naming the nearest one."""
-        known = [entry.name for entry in dataclasses.fields(cls)]
+        known = [entry.name for entry in fields(cls)]
         for key in values:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"a codec has no option {key!r}.{hint} Known: {', '.join(known)}")
-        return cls(**values)
+        _check({entry.name: values.get(entry.name, entry.default) for entry in fields(cls)})
+        return cls(**{**values, "strides": tuple(values.get("strides", ()))})
 
 
-def _in_range(name: str, value: object, low: float, high: float = float("inf")) -> None:
-    """Check one number; whole numbers where `low` is one (True is no number here)."""
+def _check(values: Mapping[str, Any]) -> None:
+    """Raise InputError for the first option with a wrong type or outside its range."""
+    for name, value in values.items():
+        kind = CodecSpec.__annotations__[name]
+        if kind in (bool, str) and not isinstance(value, kind):
+            raise InputError(f"{name} must be a {kind.__name__}, got {value!r}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise InputError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+        if kind is int:
+            _in_range(name, value, 0 if name in ("global_count", "mixing") else 1)
+        elif kind is float:
+            _in_range(name, value, 0.0, 0.99 if name == "local_dropout" else math.inf)
+        elif name.endswith("codebook_size") and value is not None:
+            _in_range(name, value, 2)
+    if not isinstance(values["strides"], (list, tuple)):
+        raise InputError(f"strides must be a list of whole numbers, got {values['strides']!r}")
+    for stride in values["strides"]:
+        _in_range("every entry of strides", stride, 1)
+    if values["width"] % values["heads"]:
+        raise InputError(f"width {values['width']} must be a multiple of heads {values['heads']}")
+
+
+def _in_range(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Check one finite number; whole numbers where `low` is one (True is no number here)."""
     kinds = (int,) if isinstance(low, int) else (int, float)
-    fits = isinstance(value, kinds) and not isinstance(value, bool)
-    if not fits or not low <= value <= high:  # type: ignore[operator]
+    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+        fits = False
+    else:
+        fits = math.isfinite(value)
+    if not fits:
         kind = "a whole number" if isinstance(low, int) else "a number"
-        limit = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+        limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise InputError(f"{name} must be {kind} {limit}, got {value!r}")
 
 

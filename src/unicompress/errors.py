@@ -1,4 +1,4 @@
-"""What can go wrong, as one small tree: the command line prints these as one line, without a traceback."""
+"""What can go wrong, as one small tree; the command line prints these without a traceback."""
 
 
 class UnicompressError(Exception):

@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from unicompress.errors import InputError, MissingDependencyError
 
@@ -19,7 +19,7 @@ class Member:
     Constructor options are keyword-only and stored under their own name.
     """
 
-    name: str
+    name: ClassVar[str]
 
     def __str__(self) -> str:
         options = inspect.signature(type(self).__init__).parameters.values()
@@ -66,8 +66,8 @@ class Family(Generic[M]):
                 point.load()
             except (ImportError, AttributeError, RuntimeError) as error:
                 raise MissingDependencyError(
-                    f"the {self.kind} plug-in {point.name!r} ({point.value}) cannot be loaded: {error}; "
-                    "repair or uninstall the package that provides it"
+                    f"the {self.kind} plug-in {point.name!r} ({point.value}) cannot be loaded: "
+                    f"{error}; repair or uninstall the package that provides it"
                 ) from error
         return sorted(self._members)
 
@@ -115,5 +115,6 @@ def require(package: str, *, extra: str) -> ModuleType:
         return importlib.import_module(package)
     except (ImportError, RuntimeError) as error:
         raise MissingDependencyError(
-            f"this needs {package}: pip install 'unicompress[{extra}]' (import failed with: {error})"
+            f"this needs {package}: pip install 'unicompress[{extra}]' "
+            f"(import failed with: {error})"
         ) from error

@@ -22,7 +22,8 @@ class Grid:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
             raise InputError(
-                f"a token grid needs at least one row and one column, got {self.rows}x{self.columns}"
+                "a token grid needs at least one row and one column, "
+                f"got {self.rows}x{self.columns}"
             )
 
     def __iter__(self) -> Iterator[int]:
@@ -58,7 +59,8 @@ class TokenSpec:
 
     def __post_init__(self) -> None:
         if self.manifold not in MANIFOLDS:
-            raise InputError(f"manifold must be one of {', '.join(MANIFOLDS)}, got {self.manifold!r}")
+            known = ", ".join(MANIFOLDS)
+            raise InputError(f"manifold must be one of {known}, got {self.manifold!r}")
 
 
 @dataclass(frozen=True)

@@ -334,6 +334,8 @@ class UnifiedModel(UnifiedBase):
 
 
 def _check_count(images: Tensor, texts: Sequence[Any], what: str) -> None:
+    if not len(images):
+        raise InputError("there is no image: pass at least one")
     if isinstance(texts, str) or len(texts) != len(images):
         count = "a string" if isinstance(texts, str) else len(texts)
         raise InputError(f"{len(images)} images need one {what} each, got {count}")

@@ -83,8 +83,8 @@ class UnifiedBase(PreTrainedModel):
         return self.layout.length
 
     @property
-    def lm(self) -> PreTrainedModel:
-        """The language model; assign to it to put an adapter around it."""
+    def lm(self) -> Any:
+        """The language model (PreTrainedModel); assign to it to put an adapter around it."""
         return self.backbone.lm
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -93,6 +93,23 @@ class UnifiedBase(PreTrainedModel):
             self.backbone.lm = value
         else:
             super().__setattr__(name, value)
+
+    def use_decompressor(self, codec: ImageCodec) -> None:
+        """Take over the decompressor of a plug-in that was refined after this model was trained.
+
+        Raises InputError unless all that the codes depend on is equal, since the language model
+        writes these codes.
+        """
+        if self.codec is None or codec.spec != self.codec.spec:
+            raise InputError("only the same plug-in, trained further, can replace this model's")
+        own, other = self.codec.state_dict(), codec.state_dict()
+        for name, tensor in own.items():
+            if not name.startswith("decompressor.") and not torch.equal(tensor, other[name]):
+                raise InputError(
+                    f"the plug-in differs in {name}, so its codes mean something else to this "
+                    "language model: refine the plug-in that it was trained with"
+                )
+        self.codec.load_state_dict(other)
 
     def encode_image(
         self, pixels: Float[Tensor, "b 3 h w"] | Float[Tensor, "b t d"]

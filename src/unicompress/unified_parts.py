@@ -25,14 +25,28 @@ class UnifiedConfig(PreTrainedConfig):
 
     model_type = "unicompress"
 
-    lm: dict[str, Any] | None = None  # the language model's own configuration
-    tokenizer: str = ""  # spec of the host, as in `tokenizers.build`
-    codec: dict[str, Any] | None = None  # CodecSpec; None: the dense model
-    projector: str = "local"
-    understanding_source: str = "continuous"
-    code_loss: str = "slot"
-    text_size: int = 0
-    attention: str = "sdpa"
+    def __init__(
+        self,
+        *,
+        lm: dict[str, Any] | None = None,  # the language model's own configuration
+        tokenizer: str = "",  # spec of the host, as in `tokenizers.build`
+        codec: dict[str, Any] | None = None,  # CodecSpec; None: the dense model
+        projector: str = "local",
+        understanding_source: str = "continuous",
+        code_loss: str = "slot",
+        text_size: int = 0,
+        attention: str = "sdpa",
+        **common: Any,  # what every Hugging Face configuration has
+    ):
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.codec = codec
+        self.projector = projector
+        self.understanding_source = understanding_source
+        self.code_loss = code_loss
+        self.text_size = text_size
+        self.attention = attention
+        super().__init__(**common)
 
 
 def code_space(text_size: int, tokenizer: ImageTokenizer, codec: ImageCodec | None) -> CodeSpace:
@@ -83,12 +97,9 @@ def tied_names(lm: PreTrainedModel) -> dict[str, str]:
     return dict(lm.all_tied_weights_keys)
 
 
-def merged_lm(lm: PreTrainedModel) -> PreTrainedModel:
+def merged_lm(lm: Any) -> PreTrainedModel:
     """The language model with its adapter, if it has one, merged into a copy of it."""
-    if not hasattr(lm, "merge_and_unload"):
-        return lm
-    adapted: Any = copy.deepcopy(lm)
-    return adapted.merge_and_unload()
+    return copy.deepcopy(lm).merge_and_unload() if hasattr(lm, "merge_and_unload") else lm
 
 
 def plain_state(backbone: CausalLM) -> dict[str, Tensor]:

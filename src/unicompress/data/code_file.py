@@ -90,16 +90,19 @@ def load_codes(path: Path | str, codec: ImageCodec) -> CodeFile:
                 f"{found[:12]}): decode it with the model that encoded it"
             )
     try:
+        names = json.loads(notes["names"])
+        _check_names(names)
         content = CodeFile(
-            names=tuple(json.loads(notes["names"])),
+            names=tuple(names),
             codes=tensors["codes"].long(),
             stride=int(notes["stride"]),
             global_count=int(notes["global_count"]),
             grid=Grid(*json.loads(notes["grid"])),
         )
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is incomplete ({error}): encode the images again") from error
-    _check_names(content.names)
     if len(content.names) != len(content.codes):
         raise CheckpointError(
             f"{path} names {len(content.names)} images but holds {len(content.codes)}: "

@@ -107,7 +107,10 @@ def _ends(means: NDArray[np.float64], level: float) -> tuple[float, float]:
 
 
 def _resampled_means(
-    values: NDArray[np.float64], groups: Sequence[int] | NDArray[Any] | None, seed: int, resamples: int
+    values: NDArray[np.float64],
+    groups: Sequence[int] | NDArray[Any] | None,
+    seed: int,
+    resamples: int,
 ) -> NDArray[np.float64]:
     """Means of `resamples` draws with replacement, of values or of whole groups."""
     if resamples < 1:

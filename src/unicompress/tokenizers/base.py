@@ -46,7 +46,7 @@ class ImageTokenizer(nn.Module, Member, ABC):
         """The host's own pixel decoder on tokens that already lie on its manifold."""
 
     def decode(self, dense: Float[Tensor, "b t e"]) -> Float[Tensor, "b 3 h w"]:
-        """Dense tokens to pixels in [-1, 1]: applies the manifold, then the decoder; differentiable."""
+        """Dense tokens to pixels in [-1, 1]: the manifold, then the decoder; differentiable."""
         return self.pixels(self.on_manifold(dense))
 
     def on_manifold(self, dense: Float[Tensor, "b t e"]) -> Float[Tensor, "b t e"]:
@@ -64,7 +64,7 @@ class ImageTokenizer(nn.Module, Member, ABC):
         """The same architecture with small random weights, for tests (under 1 MB)."""
 
     def freeze(self) -> "ImageTokenizer":
-        """Evaluation mode and no gradients to the weights; gradients still flow through `decode`."""
+        """Evaluation mode, no gradients to the weights; they still flow through `decode`."""
         self.eval()
         for parameter in self.parameters():
             parameter.requires_grad_(False)

@@ -48,8 +48,8 @@ class JanusVQ(ImageTokenizer):
         factor = patch * 2 ** (len(channel_multiplier) - 1)
         if image_size % factor:
             raise InputError(
-                f"image_size {image_size} is not a multiple of {factor} (patch times downsampling): "
-                f"choose {math.ceil(image_size / factor) * factor}"
+                f"image_size {image_size} is not a multiple of {factor} (patch times "
+                f"downsampling): choose {math.ceil(image_size / factor) * factor}"
             )
         if base_channels % 32:
             raise InputError(f"base_channels must be a multiple of 32, got {base_channels}")
@@ -124,7 +124,8 @@ class JanusVQ(ImageTokenizer):
         grid = self.spec.grid
         if dense.shape[1] != grid.length:
             raise InputError(
-                f"the decoder takes {grid.length} dense tokens ({grid.rows}x{grid.columns}), got {dense.shape[1]}"
+                f"the decoder takes {grid.length} dense tokens ({grid.rows}x{grid.columns}), "
+                f"got {dense.shape[1]}"
             )
         field = rearrange(dense, "b (rows columns) e -> b e rows columns", rows=grid.rows)
         return F.pixel_shuffle(self.vq.decoder(self.vq.post_quant_conv(field)), self.patch)

@@ -149,6 +149,13 @@ class StageOneRecipe(LoopRecipe):
     codec: dict[str, Any] = Field(default_factory=dict)  # fields of CodecSpec that differ from it
     random_rate: bool = False  # train all strides of the codec, and prefixes of G if nested
     calibrate_images: int = Field(default=256, gt=0)
+    refine: str | None = None  # a trained plug-in: its decompressor alone learns on, its codes stay
+
+    @model_validator(mode="after")
+    def _options_of_the_refined(self) -> "StageOneRecipe":
+        if self.refine is not None and self.codec:
+            raise ValueError("a refined plug-in keeps its options: leave codec out")
+        return self
 
 
 class LanguageModelRecipe(Strict):
@@ -179,9 +186,10 @@ class LoraRecipe(Strict):
 class StageTwoRecipe(LoopRecipe):
     """Trains the language model on understanding and generation with a frozen tokenizer stack."""
 
-    tokenizer: str  # folder, or name on the hub
+    start: str | None = None  # a unified model (folder or hub name) to train on, instead of parts
+    tokenizer: str | None = None  # folder, or name on the hub
     codec: str | None = None  # likewise; None trains the dense model
-    lm: LanguageModelRecipe
+    lm: LanguageModelRecipe | None = None
     lora: LoraRecipe | None = None
     projector: str = "local"  # or linear; options as in local(width=64, depth=2)
     understanding_source: Literal["continuous", "quantized"] = "continuous"
@@ -191,6 +199,14 @@ class StageTwoRecipe(LoopRecipe):
     questions_per_image: int = Field(default=6, gt=0)
     describe: bool = True  # also ask for the caption of every captioned image
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)  # for classifier-free guidance
+
+    @model_validator(mode="after")
+    def _whole_or_parts(self) -> "StageTwoRecipe":
+        if self.start is None and (self.tokenizer is None or self.lm is None):
+            raise ValueError("name the tokenizer and the lm, or a unified model to start from")
+        if self.start is not None and (self.tokenizer or self.codec or self.lm):
+            raise ValueError("a model to start from brings its tokenizer, codec and lm: leave them out")
+        return self
 
 
 R = TypeVar("R", bound=LoopRecipe)

@@ -32,6 +32,7 @@ class StageOne(Objective[ImageBatch]):
         self.codec = codec
         self.seed = recipe.seed
         self.random_rate = recipe.random_rate
+        self.codes_stay = recipe.refine is not None
         self.validate_images = recipe.validate_images
         self.last: CodecLoss | None = None
 
@@ -50,6 +51,8 @@ class StageOne(Objective[ImageBatch]):
     def after_step(self, step: int) -> None:
         """Separate codebooks follow their tokens by averages."""
         assert self.last is not None  # forward ran
+        if self.codes_stay:
+            return
         self.codec.update_codebooks(
             self.last, torch.Generator().manual_seed(seed_of(self.seed, step, 3))
         )
@@ -113,7 +116,17 @@ def codec_spec(recipe: StageOneRecipe) -> CodecSpec:
 
 
 def build_codec(host: ImageTokenizer, spec: CodecSpec, recipe: StageOneRecipe) -> ImageCodec:
-    """A plug-in with its starting point set from images of the recipe's data."""
+    """A plug-in with its starting point set from images of the recipe's data.
+
+    One to refine comes as it was trained, with everything frozen that its codes depend on, so that
+    a language model trained on these codes stays valid.
+    """
+    if recipe.refine is not None:
+        trained = ImageCodec.from_pretrained(recipe.refine, host).requires_grad_(False).train()
+        if trained.decompressor is None:
+            raise RecipeError(f"{recipe.refine} compresses nothing: there is no decompressor to train")
+        trained.decompressor.requires_grad_(True)
+        return trained
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(recipe.seed, 0))
         codec = ImageCodec(host, spec)

@@ -193,6 +193,13 @@ def train_stage_two(recipe: StageTwoRecipe, *, resume: bool = False) -> LoopResu
 
 def build_model(recipe: StageTwoRecipe) -> UnifiedModel:
     """The model before training; the same language model whether dense or compressed."""
+    if recipe.start is not None:
+        model: UnifiedModel = UnifiedModel.from_pretrained(recipe.start)
+        model = model.float().train()
+        if recipe.lora is not None:
+            add_lora(model, recipe.lora)
+        return model
+    assert recipe.tokenizer is not None and recipe.lm is not None  # the recipe checks that
     tokenizer = load_tokenizer(recipe.tokenizer).freeze()
     codec = None if recipe.codec is None else ImageCodec.from_pretrained(recipe.codec, tokenizer)
     lm, text = language_model(recipe.lm, recipe.data, seed=recipe.seed)

@@ -23,22 +23,26 @@ HASH_ROWS = 4096  # words of the captions are hashed to this many embedding rows
 
 
 class PhraseContrast(nn.Module):
-    """InfoNCE between caption phrases and the images that contain them, through their best tokens."""
+    """InfoNCE between caption phrases and the images with them, through their best tokens."""
 
     def __init__(self, *, dim: int, width: int = 64):
         super().__init__()
         self.words = nn.EmbeddingBag(HASH_ROWS, width, mode="mean")
-        self.text = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.text = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.image = nn.Linear(dim, width)
         self.log_scale = nn.Parameter(torch.tensor(2.3))
 
     def forward(
         self, dense: Float[Tensor, "b t d"], phrases: Sequence[Sequence[str]]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """(loss, share of phrases whose best image contains them); `phrases` has one list per image."""
+        """(loss, share of phrases whose best image has them); `phrases`: one list per image."""
         flat = sorted(set(chain.from_iterable(phrases)))
         holds = torch.tensor([[phrase in own for own in phrases] for phrase in flat])  # [phrase, b]
-        words = [[zlib.crc32(word.encode()) % HASH_ROWS for word in phrase.split()] for phrase in flat]
+        words = [
+            [zlib.crc32(word.encode()) % HASH_ROWS for word in phrase.split()] for phrase in flat
+        ]
         offsets = torch.tensor([0, *[len(w) for w in words[:-1]]]).cumsum(0)
         text = self.text(self.words(torch.tensor(list(chain.from_iterable(words))), offsets))
         text = F.normalize(text, dim=-1)
@@ -51,7 +55,7 @@ class PhraseContrast(nn.Module):
 
 
 class TokenizerObjective(nn.Module):
-    """Reconstruction + commitment + phrase contrast for a `JanusVQ`; call `finish()` once at the end.
+    """Reconstruction, commitment, phrase contrast for a `JanusVQ`; call `finish()` at the end.
 
     Args:
         quantize_from: share of the training after which the codebook is initialised and used.
@@ -92,7 +96,7 @@ class TokenizerObjective(nn.Module):
         self.register_buffer("steps", torch.tensor(0))
         tokenizer.train()
         tokenizer.vq.quantize.requires_grad_(False)  # moved by averages, not by gradients
-        for module in tokenizer.modules():  # default initialisation trains far better than N(0, .02)
+        for module in tokenizer.modules():  # the default trains far better than N(0, .02)
             if isinstance(module, nn.Conv2d):
                 module.reset_parameters()
 
@@ -141,7 +145,8 @@ class TokenizerObjective(nn.Module):
         book = F.normalize(book + 0.01 * torch.randn(book.shape, generator=generator), dim=-1)
         for _ in range(20):
             member = F.one_hot((unit @ book.T).argmax(-1), size).to(unit)  # [n, v]
-            book = torch.where(member.sum(0)[:, None] > 0, F.normalize(member.T @ unit, dim=-1), book)
+            means = F.normalize(member.T @ unit, dim=-1)
+            book = torch.where(member.sum(0)[:, None] > 0, means, book)
         self.cluster_size.fill_(len(unit) / size)
         self.cluster_sum.copy_(book * len(unit) / size)
         self.tokenizer.vq.quantize.embedding.weight.copy_(book)
@@ -169,7 +174,8 @@ class TokenizerObjective(nn.Module):
         """Fold the centring into `quant_conv`, so that the host needs nothing of this class."""
         conv = self.tokenizer.vq.quant_conv
         mean, variance = self.centre.running_mean, self.centre.running_var
-        assert mean is not None and variance is not None  # BatchNorm tracks them by default
+        assert mean is not None  # BatchNorm tracks both by default
+        assert variance is not None
         scale = (variance + self.centre.eps).rsqrt()
         conv.weight.mul_(scale[:, None, None, None])
         conv.bias.sub_(mean).mul_(scale)  # type: ignore[union-attr]
