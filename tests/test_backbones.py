@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
-from unified_toy import text_tokenizer, tiny_lm, tiny_model
 
 from unicompress.backbones.base import CodeSpace
 from unicompress.backbones.causal_lm import CausalLM, DepthHead, check_causal_lm
@@ -14,6 +13,7 @@ from unicompress.backbones.text import build_text_tokenizer
 from unicompress.errors import InputError
 from unicompress.sequence import SHARED, visible
 from unicompress.tokens import Grid
+from unified_toy import text_tokenizer, tiny_lm, tiny_model
 
 
 def test_code_space_is_contiguous() -> None:

@@ -85,7 +85,7 @@ def shell(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
 
 
 def succeeded(result: Any) -> str:
-    assert result.exit_code == 0, result.output + result.stderr
+    assert result.exit_code == 0, f"{result.output}{result.stderr}{result.exception}"
     return result.stdout
 
 

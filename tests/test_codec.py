@@ -322,21 +322,24 @@ def test_what_is_logged(host: ImageTokenizer) -> None:
 
 @pytest.mark.parametrize("head", ["codes", "regression"])
 def test_a_few_steps_learn_and_use_the_globals(head: str) -> None:
-    """All local tokens hidden from each other: only globals can tell the images apart."""
+    """Images of one color each, and most local tokens hidden: the globals must tell the color."""
     host = ToySingle.tiny().freeze()
     codec = ImageCodec(host, small(stride=8, head=head, local_dropout=0.9, width=32))
-    pixels = images(host, 8)
+    colors = torch.tensor(
+        [[r, g, b] for r in (-3.0, 3.0) for g in (-3.0, 3.0) for b in (-3.0, 3.0)]
+    )
+    pixels = colors[:, :, None, None].expand(-1, -1, 16, 24)
     codec.calibrate(pixels, drawing())
     codec.train()
     optimizer = torch.optim.Adam(codec.parameters(), lr=0.01)
     generator = drawing()
     totals = []
-    for _ in range(60):
+    for _ in range(30):
         loss = codec.loss(pixels, generator=generator)
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-        totals.append(float(loss.total))
+        totals.append(float(loss.total.detach()))
     assert min(totals[-5:]) < 0.6 * totals[0]
     assert codec.shuffled_global_gap(pixels) > 0
     assert codec.training
@@ -398,7 +401,7 @@ def test_random_rates_are_those_that_were_asked_for() -> None:
     assert {fixed.sample_rate(generator) for _ in range(50)} == {(2, 2), (4, 2)}
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     rows=st.integers(1, 5),
     columns=st.integers(1, 5),

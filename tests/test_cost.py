@@ -135,6 +135,19 @@ def test_flops_of_a_known_product() -> None:
         assert count_flops(lambda: layer(torch.zeros(5, 16))) == 2 * 5 * 16 * 8
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_flops_of_fused_attention_are_those_of_its_products(masked: bool) -> None:
+    query = torch.randn(1, 2, 16, 8, requires_grad=True)
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool) if masked else None
+
+    def attend() -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+
+    product = 2 * 2 * 16 * 16 * 8
+    assert count_flops(attend) == 2 * product
+    assert count_flops(lambda: attend().sum().backward()) == 7 * product
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_shapes_are_those_of_the_released_models(name: str) -> None:
     lm = random_lm(name, device="meta")

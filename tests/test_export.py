@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from unified_toy import SEPARATE, SPEC, pictures, tiny_model
 
 from unicompress.codec import CodecSpec
 from unicompress.errors import InputError
 from unicompress.export import ImageSlots, codes_of
 from unicompress.losses import image_ids
+from unified_toy import SEPARATE, SPEC, pictures, tiny_model
 
 PROMPTS = ["a red circle", "a", "how many objects left of a square?"]
 

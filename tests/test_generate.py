@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
-from unified_toy import HOSTS, LONG, SEPARATE, SPEC, pictures, tiny_model
 
 from unicompress.codec import CodecSpec
 from unicompress.errors import InputError
 from unicompress.generate import Sampling, Timings, noise
 from unicompress.unified import UnifiedModel
+from unified_toy import HOSTS, LONG, SEPARATE, SPEC, pictures, tiny_model
 
 HALF = torch.full((1,), 0.5, dtype=torch.float64)
 

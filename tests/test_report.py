@@ -26,7 +26,7 @@ from unicompress.evals.report import (
     charts_of,
     contact_sheet,
     data_uri,
-    png,
+    enlarged,
     render,
     times,
 )
@@ -211,8 +211,9 @@ def test_words_for_ratios_and_differences() -> None:
 
 def test_pictures_are_png_and_sheets_have_room() -> None:
     white = torch.ones(2, 3, 4, 4)
-    image = Image.open(io.BytesIO(png(white[0], 3)))
-    assert (image.format, image.size, image.getpixel((0, 0))) == ("PNG", (12, 12), (255, 255, 255))
+    image = Image.open(io.BytesIO(base64.b64decode(data_uri(white[0]).split(",")[1])))
+    assert (image.format, image.size, image.getpixel((0, 0))) == ("PNG", (4, 4), (255, 255, 255))
+    assert enlarged(white[0], 3).shape == (12, 12, 3)
     assert contact_sheet([white, -white], gap=1).shape == (3, 12, 12)
 
 

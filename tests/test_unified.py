@@ -1,11 +1,12 @@
 """The whole model: losses, isolation of questions, frozen parts, files, bad input."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
-from unified_toy import HOSTS, LONG, SEPARATE, SPEC, pictures, text_tokenizer, tiny_lm, tiny_model
+from transformers.utils import hub
 
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import CheckpointError, InputError
@@ -13,6 +14,7 @@ from unicompress.losses import image_ids, read_text
 from unicompress.sequence import pack_text
 from unicompress.tokenizers.base import tokenizers
 from unicompress.unified import DESCRIBE, UnifiedConfig, UnifiedModel
+from unified_toy import HOSTS, LONG, SEPARATE, SPEC, pictures, text_tokenizer, tiny_lm, tiny_model
 
 QUESTIONS = [["how many?", "what colour is the circle?"], [LONG]]
 ANSWERS = [["two", "red"], ["blue"]]
@@ -158,15 +160,14 @@ def test_images_keep_their_precision_under_autocast() -> None:
 def test_saved_folder_needs_nothing_else(host: str, spec: CodecSpec | None, tmp_path: Path) -> None:
     model = tiny_model(host, spec)
     model.save_pretrained(tmp_path)
-    for loaded in (UnifiedModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
-        assert isinstance(loaded, UnifiedModel)
-        assert not loaded.training
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, loaded.state_dict()[name]), name
-        options = {"seed": 3, "temperature": 1.0}
-        wanted = model.draw(["a red circle"], **options)
-        assert torch.equal(loaded.draw(["a red circle"], **options), wanted)
-        assert loaded.answer(pictures(1), ["how many?"]) == model.answer(pictures(1), ["how many?"])
+    loaded = UnifiedModel.from_pretrained(tmp_path)
+    for other in (loaded, AutoModel.from_pretrained(tmp_path)):
+        assert isinstance(other, UnifiedModel)
+        assert not other.training
+        weights = other.state_dict()
+        assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    assert torch.equal(loaded.draw(["a red circle"], seed=3), model.draw(["a red circle"], seed=3))
+    assert loaded.answer(pictures(1), ["how many?"]) == model.answer(pictures(1), ["how many?"])
     assert isinstance(AutoConfig.from_pretrained(tmp_path), UnifiedConfig)
 
 
@@ -219,7 +220,7 @@ def test_adapter_is_trained_and_merged_into_the_folder(entries: str, tmp_path: P
     model.lm = peft.get_peft_model(model.lm, config)
     assert model.lm is model.backbone.lm
     with torch.no_grad():
-        for name, parameter in model.lm.named_parameters():
+        for parameter in model.lm.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.understanding_loss(pictures(2), QUESTIONS, ANSWERS).loss.backward()
@@ -284,3 +285,20 @@ def test_parts_must_fit_together() -> None:
     ):
         with pytest.raises(InputError, match=message):
             UnifiedModel.from_parts(**parts, **options)
+
+
+def test_push_to_hub_uploads_a_complete_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, uploaded = tiny_model("toy_single"), []
+    api = SimpleNamespace(create_repo=lambda *_, **__: SimpleNamespace(repo_id="me/tiny"))
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("a card"))
+
+    def upload(_: UnifiedModel, folder: str, name: str, **__: object) -> None:
+        uploaded.append((name, UnifiedModel.from_pretrained(folder)))
+
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr(UnifiedModel, "_upload_modified_files", upload)
+    model.push_to_hub("me/tiny")
+    [(name, loaded)] = uploaded
+    assert name == "me/tiny"
+    assert torch.equal(loaded.state_dict()["backbone.lm.lm_head.weight"], model.lm.lm_head.weight)

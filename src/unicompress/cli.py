@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,10 +86,11 @@ Dense = Annotated[str, typer.Option(metavar="MODEL", help="The dense model.")]
 Compressed = Annotated[str, typer.Option(metavar="MODEL", help="The compressed model.")]
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"unicompress {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -113,9 +115,9 @@ def demo(
     """Unseen pictures and prompts through the dense and the compressed model, side by side."""
     from unicompress.evals.demo import run_demo
 
-    models = [_load(name, device) for name in (dense, compressed)]
+    pair = _load(dense, device), _load(compressed, device)
     with progress_bar() as progress:
-        result = run_demo(*models, out, command=command_line(), progress=progress)
+        result = run_demo(pair[0], pair[1], out, command=command_line(), progress=progress)
     print_result(result)
     typer.echo(f"report: {out / 'report.html'}")
     write_result(json, result)
@@ -338,8 +340,7 @@ def evaluate(
         raise InputError("--dense needs a model without a codec, and MODEL one with it")
     amount = Amount(seed=seed)
     if limit is not None:
-        sizes = dict.fromkeys(("questions", "easy_vqa", "prompts", "pictures"), limit)
-        amount = Amount(seed=seed, **sizes)
+        amount = replace(amount, questions=limit, easy_vqa=limit, prompts=limit, pictures=limit)
     with progress_bar() as progress:
         result = evaluate_model(
             loaded,

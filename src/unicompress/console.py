@@ -108,7 +108,9 @@ def progress_bar() -> Iterator["Progress"]:
     from rich.progress import TimeElapsedColumn as Elapsed
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    quiet = not console.is_terminal  # in a log or a pipe a bar is noise
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=None)
         yield lambda label, done, total: bar.update(
             task, description=label, completed=done, total=total

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -247,7 +247,7 @@ class UnifiedModel(UnifiedBase):
 
     def _decode(self, ids: list[int], end: int) -> str:
         kept = ids[: ids.index(end)] if end in ids else ids
-        return self.text.decode(kept, skip_special_tokens=True).strip()
+        return str(self.text.decode(kept, skip_special_tokens=True)).strip()
 
     # Files
 
@@ -330,7 +330,8 @@ class UnifiedModel(UnifiedBase):
         if model.codec is not None:
             load_part(model.codec, "codec", tensors, folder / WEIGHTS)
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return model.to(wanted).eval()
+        nn.Module.to(model, wanted)  # the class's own decorates it for quantized models
+        return model.eval()
 
 
 def _check_count(images: Tensor, texts: Sequence[Any], what: str) -> None:

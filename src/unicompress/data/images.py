@@ -93,14 +93,17 @@ def _read(
     height, width = (size, size) if isinstance(size, int) else size or (1, 1)
     if height < 1 or width < 1:
         raise InputError(f"an image size must be at least 1x1, got {height}x{width}")
-    image = _open(file, name)
-    try:
-        image.load()
-    except DAMAGE as error:
-        raise InputError(
-            f"{name} is damaged or cut off ({_reason(error)}): download or save it again"
-        ) from error
-    image = _upright(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's remarks on odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = _open(file, name)
+        try:
+            image.load()
+        except DAMAGE as error:
+            raise InputError(
+                f"{name} is damaged or cut off ({_reason(error)}): download or save it again"
+            ) from error
+        image = _upright(image)
     if size is not None:
         image = image.crop(_center(image.width, image.height, width / height))
     image = _rgb(image, name)
@@ -112,9 +115,7 @@ def _read(
 def _open(file: Any, name: str) -> Image.Image:
     """Read the header only, and judge the size before anything is decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:
         raise InputError(
             f"{name} is no image that can be read: convert it to one of {', '.join(FORMATS)}"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def take_turns(
     """Seconds of every run of every task; the tasks alternate, and so does who goes first."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for turn in range(warmup + repeats):
-        order = list(tasks) if turn % 2 == 0 else list(reversed(tasks))
+        order = list(tasks)[:: 1 if turn % 2 == 0 else -1]
         for name in order:
             start = clock()
             tasks[name]()
@@ -218,7 +219,7 @@ def bench_decompressor(
     for order in ("raster", "block", "parallel"):
         for head in ("codes", "regression"):
             variant = _untrained(trained, order, head)
-            tasks[f"{order}/{head}"] = lambda variant=variant: variant.decompress(codes)
+            tasks[f"{order}/{head}"] = partial(variant.decompress, codes)
     with torch.no_grad():
         seconds = take_turns(
             tasks,
@@ -262,9 +263,29 @@ def kv_cache_bytes(model: UnifiedModel, prompt_tokens: int = 0) -> int:
 
 def count_flops(task: Callable[[], object]) -> int:
     """Floating-point operations of matrix products, convolutions and attention in one run."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         task()
     return int(counter.get_total_flops())
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Two matrix products of shapes [b, heads, queries, keys]."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
+
+
+def _attention_backward_flops(
+    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """The scores once more, and the gradients of values, scores, queries and keys."""
+    return 5 * _attention_flops(query, key, value) // 2
+
+
+# torch counts fused attention on GPUs only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
 
 
 def _flops(tasks: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, int] | None:
@@ -332,7 +353,7 @@ def _result(
     pair: Pair,
     effort: Effort,
     what: str,
-    figures: Mapping[str, Mapping[str, float]],
+    figures: Mapping[str, Mapping[str, Any]],
     breakdowns: Mapping[str, Breakdown] | None = None,
     *,
     prompt_tokens: int = 0,
@@ -344,7 +365,7 @@ def _result(
             tokens_per_image=model.tokens_per_image,
             interface_tokens=model.interface_tokens,
             kv_cache_bytes=kv_cache_bytes(model, prompt_tokens),
-            **figures.get(side, {}),  # type: ignore[arg-type]
+            **figures.get(side, {}),
         )
         for side, model in pair
     }

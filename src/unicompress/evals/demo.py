@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unicompress.checkpoint import atomic_write
+from unicompress.data.images import save_png
 from unicompress.data.scenes import SceneSample
 from unicompress.errors import InputError
 from unicompress.evals.cost import (
@@ -46,7 +46,7 @@ from unicompress.evals.report import (
     charts_of,
     contact_sheet,
     data_uri,
-    png,
+    enlarged,
     times,
     write_report,
 )
@@ -66,7 +66,7 @@ class DemoSize:
     """How much the demo shows and measures; the defaults suit two slow cores."""
 
     images: int = 8  # shown
-    prompts: int = 8  # shown
+    prompts: int = 9  # shown, three to a row
     questions: int = 240
     drawings: int = 32  # drawn and checked, the shown ones among them
     reconstructions: int = 64
@@ -356,8 +356,7 @@ def _write_pictures(run: _Run, size: DemoSize, folder: Path) -> None:
         for index, picture in enumerate(pictures)
     }
     for name, picture in (sheets | singles).items():
-        data = png(picture, SCALE)
-        atomic_write(folder / f"{name}.png", lambda file, data=data: file.write(data))
+        save_png(enlarged(picture, SCALE), folder / f"{name}.png")
 
 
 def _notes(size: DemoSize, run: _Run, about: Sequence[str]) -> tuple[str, ...]:

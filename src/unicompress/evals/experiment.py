@@ -45,7 +45,7 @@ class Amount:
 class Outcome:
     """What one task adds to a result."""
 
-    figures: dict[str, dict[str, float | None]]  # side -> fixed key -> value
+    figures: dict[str, dict[str, Any]]  # side -> fixed key -> value
     details: dict[str, Any]
 
 
@@ -171,12 +171,12 @@ def _drawings(pair: Pair, amount: Amount, progress: Progress | None) -> Outcome:
     if len(scores) == 2:
         details["difference"] = scores["compressed"].compared_with(scores["dense"])
     figures = {side: {"generation_accuracy": score.whole.mean} for side, score in scores.items()}
-    return Outcome(dict(figures), details)
+    return Outcome(figures, details)
 
 
 def _pictures(pair: Pair, amount: Amount, progress: Progress | None) -> Outcome:
     samples = unseen_scenes(amount.pictures, size=pair.any.tokenizer.spec.image_size)
-    figures: dict[str, dict[str, float | None]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     details: dict[str, Any] = {}
     for side, model in pair:
         scores: dict[str, ReconstructionScore] = evaluate_reconstruction(

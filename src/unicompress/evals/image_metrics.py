@@ -22,7 +22,7 @@ BATCH = 128
 
 
 def psnr(
-    pixels: Float[Tensor, "b 3 h w"], reference: Float[Tensor, "b 3 h w"]
+    pixels: Float[Tensor, "b 3 h w"], reference: Float[Tensor, "n 3 y x"]
 ) -> Float[Tensor, " b"]:
     """Peak signal-to-noise ratio of each picture in dB; pixels in [-1, 1]; infinite where equal."""
     _same_shape(pixels, reference)
@@ -31,7 +31,7 @@ def psnr(
 
 
 def ssim(
-    pixels: Float[Tensor, "b 3 h w"], reference: Float[Tensor, "b 3 h w"]
+    pixels: Float[Tensor, "b 3 h w"], reference: Float[Tensor, "n 3 y x"]
 ) -> Float[Tensor, " b"]:
     """Structural similarity of each picture (torchmetrics, 11x11 Gaussian window), at most 1."""
     _same_shape(pixels, reference)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
@@ -151,20 +152,16 @@ def _all(chart: Chart) -> list[Segment]:
     return [segment for bar in chart.bars for segment in bar.segments]
 
 
-def png(pixels: Float[Tensor, "3 h w"], scale: int = 1) -> bytes:
-    """A picture in [-1, 1] as PNG, every pixel repeated `scale` times."""
-    image = Image.fromarray(to_uint8(pixels))
-    if scale > 1:
-        size = (image.width * scale, image.height * scale)
-        image = image.resize(size, Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+def enlarged(pixels: Float[Tensor, "3 h w"], scale: int) -> UInt8[ndarray, "h2 w2 3"]:
+    """A picture in [-1, 1] as uint8, every pixel repeated `scale` times."""
+    return to_uint8(pixels).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def data_uri(pixels: Float[Tensor, "3 h w"]) -> str:
-    """A picture in [-1, 1] that can stand inside the page."""
-    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+    """A picture in [-1, 1] as a PNG that can stand inside the page."""
+    buffer = io.BytesIO()
+    Image.fromarray(to_uint8(pixels)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def contact_sheet(

@@ -19,6 +19,7 @@ from unicompress.evals.image_metrics import FID_PROTOCOL
 from unicompress.evals.result import GPU, RATIOS, Breakdown, Result
 
 NOTHING = "-"
+RowSource = tuple[str, tuple[str, ...]]  # what a row is called, and where its value stands
 FIGURES = {
     "tokens_per_image": "tokens per image",
     "interface_tokens": "positions in the language model",
@@ -190,7 +191,7 @@ def _figures(experiment: Experiment) -> str:
 def _understanding(experiment: Experiment, key: str) -> str:
     sides = [side for side in ("dense", "compressed") if experiment.values("details", key, side)]
     kinds = experiment.values("details", key, sides[0], "accuracy", "by_kind")
-    paths = [("all", ("accuracy", "overall"))]
+    paths: list[RowSource] = [("all", ("accuracy", "overall"))]
     paths += [("combinations seen in training", ("seen",)), ("held-out", ("held_out",))]
     paths += [(kind, ("accuracy", "by_kind", kind)) for kind in (kinds[0] if kinds else ())]
     rows = []
@@ -226,7 +227,10 @@ def _short(values: Sequence[Any]) -> str:
 def _generation(experiment: Experiment, key: str) -> str:
     sides = [side for side in ("dense", "compressed") if experiment.values("details", key, side)]
     names = experiment.values("details", key, sides[0], "attributes")
-    paths = [("whole caption", ("whole",)), ("combinations seen in training", ("seen",))]
+    paths: list[RowSource] = [
+        ("whole caption", ("whole",)),
+        ("combinations seen in training", ("seen",)),
+    ]
     paths += [("held-out", ("held_out",))]
     paths += [(name, ("attributes", name)) for name in (names[0] if names else ())]
     other = f"{FID_PROTOCOL}_of_other_real_pictures"

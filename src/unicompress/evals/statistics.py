@@ -122,7 +122,7 @@ def _resampled_means(
         if names.size != values.size:
             raise InputError(f"{values.size} values need as many groups, got {names.size}")
         _, index = np.unique(names, return_inverse=True)
-        sums = np.bincount(index, weights=values)
+        sums = np.bincount(index, weights=values).astype(np.float64)
         sizes = np.bincount(index).astype(np.float64)
     draws = np.random.default_rng(seed)
     step = max(1, CHUNK // sums.size)

@@ -41,18 +41,17 @@ def add_lora(model: UnifiedModel, recipe: LoraRecipe) -> None:
     """Freeze the language model but for adapters and the image's vocabulary entries, in place."""
     peft = require("peft", extra="train")
     space = model.backbone.space
-    entries: list[int] | dict[str, list[int]] = list(range(space.begin, space.vocabulary_size))
-    if not model.lm.config.tie_word_embeddings:
-        entries = {"embed_tokens": list(entries), "lm_head": list(entries)}
+    image = list(range(space.begin, space.vocabulary_size))
+    tied = model.lm.config.tie_word_embeddings
     config = peft.LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=list(recipe.targets),
-        trainable_token_indices=entries,
+        trainable_token_indices=image if tied else {"embed_tokens": image, "lm_head": image},
     )
     try:
-        model.lm = peft.get_peft_model(model.lm, config)
+        model.backbone.lm = peft.get_peft_model(model.lm, config)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"lora does not fit this language model: {reason}") from error

@@ -205,11 +205,11 @@ class StageTwoRecipe(LoopRecipe):
         if self.start is None and (self.tokenizer is None or self.lm is None):
             raise ValueError("name the tokenizer and the lm, or a unified model to start from")
         if self.start is not None and (self.tokenizer or self.codec or self.lm):
-            raise ValueError("a model to start from brings its tokenizer, codec and lm: leave them out")
+            raise ValueError("a model to start from brings tokenizer, codec and lm: leave them out")
         return self
 
 
-R = TypeVar("R", bound=LoopRecipe)
+R = TypeVar("R", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):

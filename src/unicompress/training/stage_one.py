@@ -124,7 +124,7 @@ def build_codec(host: ImageTokenizer, spec: CodecSpec, recipe: StageOneRecipe) -
     if recipe.refine is not None:
         trained = ImageCodec.from_pretrained(recipe.refine, host).requires_grad_(False).train()
         if trained.decompressor is None:
-            raise RecipeError(f"{recipe.refine} compresses nothing: there is no decompressor to train")
+            raise RecipeError(f"{recipe.refine} compresses nothing: it has no decompressor")
         trained.decompressor.requires_grad_(True)
         return trained
     with torch.random.fork_rng():

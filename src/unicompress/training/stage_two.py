@@ -199,7 +199,8 @@ def build_model(recipe: StageTwoRecipe) -> UnifiedModel:
         if recipe.lora is not None:
             add_lora(model, recipe.lora)
         return model
-    assert recipe.tokenizer is not None and recipe.lm is not None  # the recipe checks that
+    assert recipe.tokenizer is not None  # the recipe checks both
+    assert recipe.lm is not None
     tokenizer = load_tokenizer(recipe.tokenizer).freeze()
     codec = None if recipe.codec is None else ImageCodec.from_pretrained(recipe.codec, tokenizer)
     lm, text = language_model(recipe.lm, recipe.data, seed=recipe.seed)

@@ -67,6 +67,7 @@ class TokenizerObjective(nn.Module):
     cluster_size: Tensor
     cluster_sum: Tensor
     ready: Tensor
+    steps: Tensor
 
     def __init__(
         self,
@@ -178,5 +179,5 @@ class TokenizerObjective(nn.Module):
         assert variance is not None
         scale = (variance + self.centre.eps).rsqrt()
         conv.weight.mul_(scale[:, None, None, None])
-        conv.bias.sub_(mean).mul_(scale)  # type: ignore[union-attr]
+        conv.bias.sub_(mean).mul_(scale)
         return self.tokenizer.freeze()  # type: ignore[return-value]
