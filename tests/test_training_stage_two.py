@@ -115,7 +115,7 @@ def test_dense_and_compressed_models_start_alike_and_see_the_same_data(
     assert names[0] == names[1]
     first, second = (dict(model.backbone.lm.named_parameters()) for model in models)
     assert all(torch.equal(first[n], second[n]) for n in first if first[n].ndim == 2)
-    batches = [UnifiedBatches(given, 32, Place(), None).at(5)[0] for given in recipes]
+    batches = [UnifiedBatches(given, 32, Place()).at(5)[0] for given in recipes]
     assert torch.equal(batches[0].read, batches[1].read)
     assert torch.equal(batches[0].drawn, batches[1].drawn)
     assert batches[0].questions == batches[1].questions
@@ -126,20 +126,20 @@ def test_samples_are_shared_out_by_the_stated_ratio(
     parts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     given = recipe(tmp_path, parts, batch=8, understanding_share=0.25, caption_dropout=0)
-    batch = UnifiedBatches(given, 32, Place(), None).at(0)[0]
+    batch = UnifiedBatches(given, 32, Place()).at(0)[0]
     assert (len(batch.read), len(batch.drawn)) == (2, 6)
     assert [len(own) for own in batch.questions] == [7, 7]
     assert all(own[-1] == DESCRIBE for own in batch.questions)
     assert all(batch.captions)
     for share, read, drawn in ((0.0, None, 8), (1.0, 8, None)):
         only = recipe(tmp_path, parts, batch=8, understanding_share=share)
-        batch = UnifiedBatches(only, 32, Place(), None).at(0)[0]
+        batch = UnifiedBatches(only, 32, Place()).at(0)[0]
         assert [None if t is None else len(t) for t in (batch.read, batch.drawn)] == [read, drawn]
 
 
 def test_captions_are_left_out_at_the_stated_rate(parts: tuple[Path, Path], tmp_path: Path) -> None:
     given = recipe(tmp_path, parts, batch=64, understanding_share=0, caption_dropout=0.5)
-    captions = UnifiedBatches(given, 32, Place(), None).at(0)[0].captions
+    captions = UnifiedBatches(given, 32, Place()).at(0)[0].captions
     assert 16 < captions.count("") < 48
 
 

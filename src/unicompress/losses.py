@@ -14,27 +14,39 @@ from unicompress.sequence import IGNORED, SHARED, ImageLayout, PackedText, pad_l
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss to minimise and detached figures to log; `logs["tokens"]` is what the mean is over."""
+    """A loss to minimise and detached figures to log; `logs["tokens"]` counts what was predicted."""
 
     loss: Float[Tensor, ""]
     logs: dict[str, float | Tensor]
 
 
 def answer_loss(backbone: Backbone, image: Float[Tensor, "b i h"], text: PackedText) -> LossOutput:
-    """Cross-entropy of the answer tokens; logits are computed where there is a target only."""
+    """Cross-entropy of the answers; logits are computed where there is a target only.
+
+    Every answer weighs the same: a mean over tokens would give a caption of twenty words the
+    weight of ten short answers, and short answers were learned last for it.
+    """
     states = read_text(backbone, image, text)
     wanted = text.targets != IGNORED
     targets = text.targets[wanted]
     logits = backbone.text_logits(states[wanted]).float()
-    loss = F.cross_entropy(logits, targets)
+    entropy = F.cross_entropy(logits, targets, reduction="none")
     right = logits.detach().argmax(dim=-1) == targets
+    row, column = wanted.nonzero(as_tuple=True)
+    place = (row, text.groups[row, column])
+    lengths, missed = (
+        entropy.new_zeros(len(wanted), text.last.shape[1] + 1).index_put(place, each, True)
+        for each in (torch.ones_like(entropy), (~right).to(entropy))
+    )
+    answers = lengths > 0
+    loss = (entropy / lengths[place]).sum() / answers.sum()
     return LossOutput(
         loss,
         {
             "loss": loss.detach(),
             "tokens": float(len(targets)),
             "accuracy": right.float().mean(),
-            "answers": _all_right(text, wanted, right),
+            "answers": (missed[answers] == 0).float().mean(),
         },
     )
 
@@ -52,17 +64,6 @@ def read_text(
         torch.cat([places, text.positions + before], dim=1),
     )
     return hidden[:, before:]
-
-
-def _all_right(text: PackedText, wanted: Tensor, right: Tensor) -> Float[Tensor, ""]:
-    """Share of the answers all of whose tokens are right."""
-    row, column = wanted.nonzero(as_tuple=True)
-    shape = (len(wanted), text.last.shape[1] + 1)
-    asked, missed = (torch.zeros(shape, device=right.device) for _ in range(2))
-    place = (row, text.groups[row, column])
-    asked.index_put_(place, torch.ones_like(right, dtype=asked.dtype))
-    missed.index_put_(place, (~right).to(missed), accumulate=True)
-    return ((missed == 0) * asked).sum() / asked.sum()
 
 
 def code_loss(

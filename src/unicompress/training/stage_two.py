@@ -1,6 +1,5 @@
 """Stage two (section 3.5): trains the language model on understanding and generation, mixed."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from unicompress.codec import ImageCodec
 from unicompress.losses import LossOutput
@@ -46,12 +44,9 @@ class UnifiedBatches(Batches[UnifiedBatch]):
     The order rests on the recipe's seed alone, so that dense and compressed models see the same.
     """
 
-    def __init__(
-        self, recipe: StageTwoRecipe, size: int, place: Place, text: PreTrainedTokenizerFast | None
-    ):
+    def __init__(self, recipe: StageTwoRecipe, size: int, place: Place):
         self.recipe = recipe
         self.place = place
-        self.text = copy.deepcopy(text)  # used from the feed's thread
         self.read_count = round(recipe.batch * recipe.understanding_share)
         self.drawn_count = recipe.batch - self.read_count
         self.read = self._mixture(size, "questions") if self.read_count else None
@@ -100,12 +95,10 @@ class UnifiedBatches(Batches[UnifiedBatch]):
 
     def _counts(self, batch: UnifiedBatch) -> dict[str, float]:
         """What the losses' means run over; needed only where a step is split."""
-        if self.text is None or self.recipe.accumulate * self.place.count == 1:
+        if self.recipe.accumulate * self.place.count == 1:
             return {}
-        answers = [answer for own in batch.answers for answer in own]
-        ids = self.text(answers, add_special_tokens=False)["input_ids"] if answers else []
         return {
-            "understanding": float(sum(len(row) + 1 for row in ids)),  # 1 for the end token
+            "understanding": float(sum(map(len, batch.answers))),
             "generation": float(len(batch.captions)),
         }
 
@@ -166,7 +159,7 @@ class StageTwo(Objective[UnifiedBatch]):
             return {}
         chunk = min(CHUNK, self.recipe.validate_images)
         held_out = held_out_recipe(self.recipe, batch=chunk)
-        batches = UnifiedBatches(held_out, self.model.tokenizer.spec.image_size, Place(), None)
+        batches = UnifiedBatches(held_out, self.model.tokenizer.spec.image_size, Place())
         totals: dict[str, list[float]] = {}
         for step in range(-(-self.recipe.validate_images // chunk)):
             batch = batches.at(step)[0].to(self.model.tokenizer.device)
@@ -179,10 +172,9 @@ def train_stage_two(recipe: StageTwoRecipe, *, resume: bool = False) -> LoopResu
     """Run the stage; a complete run leaves the whole model in `<out>/final`."""
     model = build_model(recipe)
     size = model.tokenizer.spec.image_size
-    text = model.text
     result = fit(
         StageTwo(model, recipe),
-        lambda place: UnifiedBatches(recipe, size, place, text),
+        lambda place: UnifiedBatches(recipe, size, place),
         recipe,
         resume=resume,
     )
