@@ -97,9 +97,7 @@ def _measure(
     )
 
 
-def _figures(
-    scores: dict[str, ReconstructionScore], gap: float | None
-) -> dict[str, object]:
+def _figures(scores: dict[str, ReconstructionScore], gap: float | None) -> dict[str, object]:
     final = scores.get(DECOMPRESSED, scores[HOST])
     return {
         "whole caption read back": final.whole,

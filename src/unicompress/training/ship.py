@@ -25,7 +25,9 @@ def ship(model: Path | str, out: Path | str, refined: Path | str | None = None) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m unicompress.training.ship", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m unicompress.training.ship", description=__doc__
+    )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--refined", metavar="PLUG_IN")
