@@ -71,13 +71,20 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
 # cores; an interrupted stage goes on where it was (delete runs/reference to begin anew).
 RECIPES := recipes/reference
 RUNS := runs/reference
+SHIPPED := src/unicompress/reference/weights
 
 reference: $(VENV)/test.stamp
 	@$(BIN)/unicompress train tokenizer $(RECIPES)/tokenizer.yaml --resume
 	@$(BIN)/unicompress train stage-one $(RECIPES)/stage_one.yaml --resume
 	@$(BIN)/unicompress train stage-two $(RECIPES)/stage_two_dense.yaml --resume
 	@$(BIN)/unicompress train stage-two $(RECIPES)/stage_two_compressed.yaml --resume
-	@$(BIN)/unicompress evaluate $(RUNS)/stage_two_compressed/final --dense $(RUNS)/stage_two_dense/final \
-	    --json $(RUNS)/evaluate.json
-	@$(BIN)/unicompress demo --dense $(RUNS)/stage_two_dense/final \
-	    --compressed $(RUNS)/stage_two_compressed/final --out $(RUNS)/demo
+	@$(BIN)/unicompress train stage-one $(RECIPES)/refine.yaml --resume
+	@for part in more answers; do for side in dense compressed; do \
+	    $(BIN)/unicompress train stage-two $(RECIPES)/$${part}_$$side.yaml --resume || exit 1; done; done
+	@$(BIN)/python -m unicompress.training.ship $(RUNS)/answers_dense/final $(SHIPPED)/dense
+	@$(BIN)/python -m unicompress.training.ship $(RUNS)/answers_compressed/final $(SHIPPED)/compressed \
+	    --refined $(RUNS)/refine/final
+	@for task in understanding generation reconstruction easy-vqa; do \
+	    $(BIN)/unicompress evaluate compressed --task $$task --json docs/results/$$task.json || exit 1; done
+	@$(BIN)/unicompress bench generation --batch 1 --json docs/results/bench-generation.json
+	@$(BIN)/python -m unicompress.evals.results_page docs/results

@@ -113,11 +113,14 @@ def demo(
     json: Json = None,
 ) -> None:
     """Unseen pictures and prompts through the dense and the compressed model, side by side."""
+    from unicompress import reference
     from unicompress.evals.demo import run_demo
 
     pair = _load(dense, device), _load(compressed, device)
+    about = reference.ABOUT if (dense, compressed) == ("dense", "compressed") else ()
+    command = command_line()
     with progress_bar() as progress:
-        result = run_demo(pair[0], pair[1], out, command=command_line(), progress=progress)
+        result = run_demo(*pair, out, about=about, command=command, progress=progress)
     print_result(result)
     typer.echo(f"report: {out / 'report.html'}")
     write_result(json, result)

@@ -8,6 +8,7 @@ standard deviation. Optional keys of `details` that this page reads beside the t
 
 import re
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,8 +34,8 @@ FIGURES = {
 }
 HEAD = """# Results
 
-This page is made from the `*.json` files beside it (`write_results_page` in
-`unicompress.evals.experiment`): do not edit it. Accuracies are fractions. Brackets are 95 %
+This page is made from the `*.json` files beside it by
+`python -m unicompress.evals.results_page docs/results`: do not edit it. Accuracies are fractions. Brackets are 95 %
 bootstrap intervals (pictures resampled) where there is one seed; with several seeds the value is
 mean +- standard deviation.
 Ratios are compressed / dense. `{fid}` is a Frechet distance on the features of a fixed random
@@ -320,3 +321,13 @@ def _plain(value: Any) -> str:
     if isinstance(value, str):
         return value
     return NOTHING if value is None else cell([value])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m unicompress.evals.results_page FOLDER`: FOLDER/README.md of FOLDER/*.json."""
+    folder = Path((sys.argv[1:] if arguments is None else list(arguments))[0])
+    write_results_page(sorted(folder.glob("*.json")), folder / "README.md")
+
+
+if __name__ == "__main__":
+    main()
