@@ -159,7 +159,7 @@ def _section(experiment: Experiment) -> str:
     blocks += [
         f"### {title}\n\n{make(experiment, key)}"
         for key, (title, make) in _TASKS.items()
-        if isinstance(details.get(key), dict)
+        if any(experiment.values("details", key, side) for side in ("dense", "compressed"))
     ]
     blocks.append(_breakdown(experiment))
     for extra in details.get("tables") or []:
