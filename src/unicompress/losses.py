@@ -14,7 +14,7 @@ from unicompress.sequence import IGNORED, SHARED, ImageLayout, PackedText, pad_l
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss to minimise and detached figures to log; `logs["tokens"]` counts what was predicted."""
+    """A loss to minimise and detached figures to log; `logs["tokens"]` counts the predictions."""
 
     loss: Float[Tensor, ""]
     logs: dict[str, float | Tensor]

@@ -35,9 +35,9 @@ FIGURES = {
 HEAD = """# Results
 
 This page is made from the `*.json` files beside it by
-`python -m unicompress.evals.results_page docs/results`: do not edit it. Accuracies are fractions. Brackets are 95 %
-bootstrap intervals (pictures resampled) where there is one seed; with several seeds the value is
-mean +- standard deviation.
+`python -m unicompress.evals.results_page docs/results`: do not edit it. Accuracies are fractions.
+Brackets are 95 % bootstrap intervals (pictures resampled) where there is one seed; with several
+seeds the value is mean +- standard deviation.
 Ratios are compressed / dense. `{fid}` is a Frechet distance on the features of a fixed random
 network: it ranks the rows of this page and means nothing beside a published FID.
 Absolute seconds are shown for a GPU only.

@@ -10,9 +10,9 @@ from unicompress.unified import UnifiedModel
 
 NAMES = ("dense", "compressed")
 ABOUT = (
-    "The two models were trained from scratch by recipes/reference/ with equal data order, steps and "
-    "seed, one run each, for about an hour and a half of one processor core. That is far too short: "
-    "read the pictures as a comparison of two young models, and docs/results for the numbers.",
+    "The two models were trained from scratch by recipes/reference/ with equal data order, steps "
+    "and seed, one run each, for about an hour and a half of one processor core. That is far too "
+    "short: read the pictures as a comparison of two young models, and docs/results for numbers.",
 )
 WEIGHTS = Path(__file__).parent / "weights"
 
