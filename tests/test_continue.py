@@ -70,8 +70,8 @@ def test_refining_trains_the_decompressor_alone(parts: Path) -> None:
 
 
 def test_refining_keeps_the_options() -> None:
+    values = {**COMMON, "out": "o", "tokenizer": "t", "refine": "c", "codec": {"stride": 4}}
     with pytest.raises(RecipeError, match="leave codec out"):
-        values = {**COMMON, "out": "o", "tokenizer": "t", "refine": "c", "codec": {"stride": 4}}
         parse_recipe(StageOneRecipe, values, "r.yaml")
 
 
@@ -80,7 +80,8 @@ def test_shipping_joins_model_and_refined_decompressor(parts: Path, tmp_path: Pa
     shipped = UnifiedModel.from_pretrained(tmp_path / "shipped")
     trained = UnifiedModel.from_pretrained(parts / "two" / "final")
     refined = codec_of(parts, "refine/final").decompressor
-    assert shipped.codec is not None and refined is not None
+    assert shipped.codec is not None
+    assert refined is not None
     for name, weight in shipped.codec.decompressor.state_dict().items():  # type: ignore[union-attr]
         torch.testing.assert_close(weight, refined.state_dict()[name].bfloat16().float())
     small, large = (
