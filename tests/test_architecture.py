@@ -152,3 +152,10 @@ def test_public_names_exist() -> None:
     assert dir(unicompress) == sorted(unicompress.__all__)
     with pytest.raises(AttributeError, match="no attribute 'ImageCodek'"):
         unicompress.ImageCodek  # noqa: B018
+
+
+def test_the_picture_in_the_docs_is_this_house() -> None:
+    text = (ROOT.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (picture,) = (block for block in text.split("```") if "tokens  registry" in block)
+    drawn = [line.replace("/", "").split() for line in picture.strip().splitlines()]
+    assert [sorted(line) for line in drawn] == [sorted(line) for line in LINES[:-1]]
