@@ -131,8 +131,9 @@ PRESETS: dict[str, CodecSpec] = {
         parent=False,
         summary=False,
     ),
-    # What measured best on the reference (docs/results): learned pooling, codebooks of their own
-    # for both streams, a second look for the globals, and four times fewer decompressor steps.
+    # What the reference was trained with: learned pooling, codebooks of their own for both streams,
+    # a second look for the globals, and four times fewer decompressor steps. Whether each part pays
+    # is for docs/results to say; docs/log.md has what is known.
     "default": CodecSpec(
         global_kind="meta(depth=2)",
         compressor="mixer",
