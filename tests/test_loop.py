@@ -18,7 +18,8 @@ from unicompress.checkpoint import load_training_state
 from unicompress.errors import CheckpointError, RecipeError, UnicompressError
 from unicompress.training import loop
 from unicompress.training.feed import Place, shares
-from unicompress.training.loop import CHECKPOINT, _optimizer
+from unicompress.training.loop import CHECKPOINT
+from unicompress.training.optimizers import build_optimizers
 from unicompress.training.progress import bf16_is_fast, learning_rate
 from unicompress.training.run import ending, exit_code
 
@@ -28,9 +29,13 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_interrupted_and_resumed_run_ends_bit_identical(tmp_path: Path, stream: bool) -> None:
-    _, expected = toy.run(toy.recipe(tmp_path / "whole"), stream=stream, dropout=0.3)
-    given = toy.recipe(tmp_path / "parts")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_and_resumed_run_ends_bit_identical(
+    tmp_path: Path, stream: bool, optimizer: str
+) -> None:
+    whole = toy.recipe(tmp_path / "whole", optimizer=optimizer)
+    _, expected = toy.run(whole, stream=stream, dropout=0.3)
+    given = toy.recipe(tmp_path / "parts", optimizer=optimizer)
     first, _ = toy.run(given, stream=stream, dropout=0.3, at_step=toy.interrupt_at(6))
     assert (first.status, first.step, exit_code(first)) == ("interrupted", 7, 130)
     assert "--resume" in ending(first)
@@ -175,7 +180,7 @@ def test_learning_rate_warms_up_and_falls(tmp_path: Path) -> None:
 
 
 def test_weight_decay_is_for_matrices(tmp_path: Path) -> None:
-    optimizer = _optimizer(toy.ToyObjective(), toy.recipe(tmp_path, weight_decay=0.5))
+    optimizer = build_optimizers(toy.ToyObjective(), toy.recipe(tmp_path, weight_decay=0.5))
     decays = {p.ndim: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decays == {2: 0.5, 1: 0.0}
 

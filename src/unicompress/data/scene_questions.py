@@ -68,16 +68,20 @@ class Question:
 
 
 def ask(scene: Scene, dice: Dice, count: int) -> tuple[Question, ...]:
-    """`count` different questions: each kind that the scene allows once, the rest of kind exists.
+    """`count` different questions: each kind that the scene allows once, then more of some kinds.
 
-    Only `exists` may be asked more often: its answer is drawn before its text, so it stays balanced
-    in scenes that allow few kinds. Above 6 there may be fewer questions than asked for.
+    Up to 6 only `exists` is asked more often: its answer is drawn before its text, so it stays
+    balanced in scenes that allow few kinds. Above 6 every kind but `count` comes again, with other
+    words, and there may be fewer questions than asked for.
     """
     asked: dict[str, Question] = {}
     for kind in dice.shuffled(KINDS):
         question = _MAKERS[kind](scene, dice)
         if question is not None and len(asked) < count:
             asked[question.text] = question
+    if count > len(KINDS):
+        _ask_again(asked, scene, dice, count)
+        return tuple(asked.values())
     while len(asked) < count:
         answer = dice.pick(YES_NO)
         for _ in range(_TRIES):
@@ -88,6 +92,15 @@ def ask(scene: Scene, dice: Dice, count: int) -> tuple[Question, ...]:
             break
         asked[question.text] = question
     return tuple(asked.values())
+
+
+def _ask_again(asked: dict[str, Question], scene: Scene, dice: Dice, count: int) -> None:
+    """Add questions of every kind in turn, but of counts: asking those again favours few objects."""
+    for _ in range(_TRIES):
+        for kind in dice.shuffled([kind for kind in KINDS if kind != "count"]):
+            question = _MAKERS[kind](scene, dice)
+            if question is not None and len(asked) < count:
+                asked.setdefault(question.text, question)
 
 
 def _words(wanted: Wanted) -> str:

@@ -25,9 +25,9 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle", "cross")
-# 16 and 26 pixels: the small one still covers 2 x 2 cells of 8 pixels, which is what one pooled
-# token stands for, and three large ones still fit.
-EXTENTS = {"small": 16 / 64, "large": 26 / 64}
+# 16 and 24 pixels: the small one still covers 2 x 2 cells of 8 pixels, which is what one pooled
+# token stands for, three large ones still fit, and edges fall on the grid of 4 pixels.
+EXTENTS = {"small": 16 / 64, "large": 24 / 64}
 SIZES = tuple(EXTENTS)
 RELATIONS = ("left of", "right of", "above", "below")
 # Never in training; every shape and four colours are concerned once, so shapes stay balanced.
@@ -35,15 +35,15 @@ HELD_OUT = frozenset(
     {("circle", "yellow"), ("square", "purple"), ("triangle", "cyan"), ("cross", "red")}
 )
 
-CROSS_ARM = 0.36  # half-width of an arm over half the extent: 6 pixels wide in a small cross
+CROSS_ARM = 0.25  # half-width of an arm over half the extent: 4 pixels wide in a small cross
 CLEAR = 8 / 64  # one displacement must exceed the other by this before a relation is named
 
 # The tokenizer must spend its codes on the objects: backgrounds are grey, and texture and noise
 # are far weaker than the contrast of any object.
-GREY = (100.0, 170.0)  # range of the mean level
-TINT = 5.0  # largest deviation of one channel from grey
-TEXTURE = (4.0, 10.0)  # range of the amplitude
-NOISE = 5.0  # uniform in [-5, 5], standard deviation 2.9, which bounds PSNR by 39 dB
+GREY = (120.0, 150.0)  # range of the mean level
+TINT = 2.0  # largest deviation of one channel from grey
+TEXTURE = (2.0, 5.0)  # range of the amplitude
+NOISE = 2.0  # uniform in [-2, 2], standard deviation 1.2, which bounds PSNR by 47 dB
 TEXTURES = ("gradient", "stripes", "checks")
 
 Pixels = NDArray[np.uint8]

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from unicompress.checkpoint import current_folder, load_training_state, save_training_state
 from unicompress.errors import CheckpointError, RecipeError, UnicompressError
 from unicompress.training.feed import B, Batches, Feed, Place, seed_of
+from unicompress.training.optimizers import build_optimizers
 from unicompress.training.progress import Journal, Meter, StopSignal, bf16_is_fast, learning_rate
 from unicompress.training.recipe import FREE, LoopRecipe
 
 CHECKPOINT = "checkpoint"
-FORMAT = 1  # of checkpoints
+FORMAT = 2  # of checkpoints
 Status = Literal["done", "interrupted", "paused"]
 
 
@@ -122,7 +123,7 @@ class _Run(Generic[B]):
         self.place = Place(accelerator.process_index, accelerator.num_processes)
         _check_split(recipe, self.place)
         self.objective = objective.to(accelerator.device)
-        self.optimizer = _optimizer(self.objective, recipe)
+        self.optimizer = build_optimizers(self.objective, recipe)
         self.model = accelerator.prepare_model(self.objective)
         self.batches = batches(self.place)
         self.meter = Meter()
@@ -235,7 +236,7 @@ class _Run(Generic[B]):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, progress)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.objective.after_step(self.step)
         self.meter.add({"gradient_norm": norm})
         return float(torch.stack(losses).mean()) if device.type == "cpu" else None
@@ -332,19 +333,6 @@ class _Run(Generic[B]):
             self.meter.restore(state["meters"][self.place.rank])
             if self.data_state:
                 self.batches.restore(self.data_state)
-
-
-def _optimizer(objective: nn.Module, recipe: LoopRecipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise RecipeError("nothing to train: every weight is frozen under this recipe")
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
 
 
 def _seed_everything(seed: int) -> None:

@@ -110,7 +110,7 @@ class TokenizerObjective(nn.Module):
         dense = tokenizer.encode(pixels)
         self.centre.train(self.training and progress < self.freeze_centre)
         z = self.centre(tokenizer.to_code_space(dense).flatten(0, 1)).view(*dense.shape[:2], -1)
-        unit = F.normalize(z, dim=-1)
+        unit = F.normalize(z.float(), dim=-1)
         if progress >= self.quantize_from and not self.ready:
             self._start_codebook(unit.detach().flatten(0, 1))
         logs: dict[str, Tensor] = {}
@@ -118,7 +118,8 @@ class TokenizerObjective(nn.Module):
         commitment = pixels.new_zeros(())
         if self.ready:
             book = tokenizer.codebook()
-            chosen = (unit.detach() @ book.T).argmax(-1)
+            with torch.autocast(pixels.device.type, enabled=False):  # neighbours differ by little
+                chosen = (unit.detach() @ book.T).argmax(-1)
             code = book[chosen]
             commitment = (unit - code).square().sum(-1).mean()
             if self.training:
@@ -126,7 +127,7 @@ class TokenizerObjective(nn.Module):
             share = self.cluster_size / self.cluster_size.sum()
             logs["perplexity"] = torch.exp(-(share * (share + 1e-9).log()).sum())
             code = unit + (code - unit).detach()
-        output = tokenizer.raw_pixels(code)
+        output = tokenizer.raw_pixels(code).float()
         error = output - pixels
         square = error.square().mean()
         loss = square + error.abs().mean() + self.commitment * commitment
@@ -144,10 +145,11 @@ class TokenizerObjective(nn.Module):
         size = self.cluster_size.numel()
         book = unit[torch.randint(len(unit), (size,), generator=generator)].clone()
         book = F.normalize(book + 0.01 * torch.randn(book.shape, generator=generator), dim=-1)
-        for _ in range(20):
-            member = F.one_hot((unit @ book.T).argmax(-1), size).to(unit)  # [n, v]
-            means = F.normalize(member.T @ unit, dim=-1)
-            book = torch.where(member.sum(0)[:, None] > 0, means, book)
+        with torch.autocast(unit.device.type, enabled=False):
+            for _ in range(20):
+                member = F.one_hot((unit @ book.T).argmax(-1), size).to(unit)  # [n, v]
+                means = F.normalize(member.T @ unit, dim=-1)
+                book = torch.where(member.sum(0)[:, None] > 0, means, book)
         self.cluster_size.fill_(len(unit) / size)
         self.cluster_sum.copy_(book * len(unit) / size)
         self.tokenizer.vq.quantize.embedding.weight.copy_(book)

@@ -1,0 +1,88 @@
+"""What the commands share: options of one meaning, and how their values become objects."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unicompress.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from unicompress.codec import ImageCodec
+    from unicompress.unified import UnifiedModel
+
+LOOK, USE, TRAIN = "Look and measure", "Use a model", "Train"  # panels of --help
+
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Also write the result as JSON.")
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+]
+MODEL_HELP = "Folder or hub id; compressed and dense are the two models that ship."
+Model = Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)]
+Dense = Annotated[str, typer.Option(metavar="MODEL", help="The dense model.")]
+Compressed = Annotated[str, typer.Option(metavar="MODEL", help="The compressed model.")]
+
+
+def device_named(name: str) -> "torch.device":
+    """`auto`, or what torch understands and this machine has."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the device {name!r} cannot be used ({reason}): try cpu") from error
+    return device
+
+
+def load_model(name: str, device: str) -> "UnifiedModel":
+    """A model that ships, by name, unless a folder has that name; otherwise a folder or hub id."""
+    from unicompress import reference
+    from unicompress.unified import UnifiedModel
+
+    place = device_named(device)
+    if name in reference.NAMES and not Path(name).is_dir():
+        return reference.load(name, device=place)  # type: ignore[arg-type]
+    model: UnifiedModel = UnifiedModel.from_pretrained(name)
+    return model.to(place).eval()
+
+
+def codec_of(model: "UnifiedModel") -> "ImageCodec":
+    """The model's codec; for a dense model the identity, which keeps the host's own codes."""
+    from unicompress.codec import CodecSpec, ImageCodec
+
+    if model.codec is not None:
+        return model.codec
+    return ImageCodec(model.tokenizer, CodecSpec(stride=1, global_count=0)).eval()
+
+
+def read_picture(path: Path, model: "UnifiedModel") -> "Tensor":
+    """An image file, cropped and resized for the model: [3, h, w] in [-1, 1]."""
+    from unicompress.data.images import load_image, to_tensor
+
+    return to_tensor(load_image(path, model.tokenizer.spec.image_size)).to(model.device)
+
+
+def fast_type(device: "torch.device") -> "torch.dtype":
+    """Of large random language models: bf16 where the hardware multiplies it fast."""
+    import torch
+
+    from unicompress.training.progress import bf16_is_fast
+
+    return torch.bfloat16 if bf16_is_fast(device) else torch.float32
+
+
+def about(name: str, model: "UnifiedModel") -> dict[str, Any]:
+    return {
+        "model": name,
+        "tokens_per_image": model.tokens_per_image,
+        "interface_tokens": model.interface_tokens,
+    }
