@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny_hosts import tiny
 from unicompress.checkpoint import load_safetensors, save_safetensors
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.data.code_file import (
@@ -38,7 +39,7 @@ def content(codec: ImageCodec, stride: int = 2) -> CodeFile:
 @pytest.mark.parametrize("name", tokenizers.names())
 @pytest.mark.parametrize("stride", [2, 4])
 def test_codes_come_back_with_everything_needed(tmp_path: Path, name: str, stride: int) -> None:
-    host = tokenizers.get(name).tiny()
+    host = tiny(name)
     codec = ImageCodec(host, SPEC).eval()
     count = codec.tokens_per_image(stride)
     shape = (2, count, host.spec.codes_per_token)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tiny_hosts import tiny
 from unicompress import hub
 from unicompress.checkpoint import fingerprint, load_safetensors, save_safetensors
 from unicompress.codec import PRESETS, CodecSpec, ImageCodec
@@ -118,7 +119,7 @@ def test_the_papers_setting_makes_68_codes_and_71_positions() -> None:
 
 @pytest.mark.parametrize("name", tokenizers.names())
 def test_stride_one_without_globals_is_the_identity(name: str) -> None:
-    host = tokenizers.get(name).tiny().freeze()
+    host = tiny(name).freeze()
     pixels = images(host)
     codes, rows = host.quantize(host.encode(pixels))
     for spec in (

@@ -1,6 +1,7 @@
 """The contract of a host: the only thing that an image model must provide to be compressed."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,15 @@ from unicompress.registry import Family, Member
 from unicompress.tokens import TokenSpec
 
 
+@dataclass(frozen=True)
+class HostFacts:
+    """What `unicompress hosts` says of a host beyond what it can do; empty: nothing is known."""
+
+    licence: str = ""  # of the released weights
+    verified: str = ""  # against what, and how closely
+    limits: str = ""  # what does not work, in a few words
+
+
 class ImageTokenizer(nn.Module, Member, ABC):
     """Maps pixels to dense tokens, quantises tokens, and decodes dense tokens to pixels.
 
@@ -21,6 +31,7 @@ class ImageTokenizer(nn.Module, Member, ABC):
     """
 
     name: ClassVar[str]
+    facts: ClassVar[HostFacts] = HostFacts()
     spec: TokenSpec
 
     @abstractmethod

@@ -16,6 +16,7 @@ from unicompress.checkpoint import (
 from unicompress.errors import CheckpointError, InputError
 from unicompress.hub import fetch_folder
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
+from unicompress.tokenizers.official import ReleasedTokenizer, load_released
 
 FORMAT = "unicompress-tokenizer-1"
 WEIGHTS = "tokenizer.safetensors"
@@ -48,9 +49,11 @@ def load_tokenizer(
 ) -> ImageTokenizer:
     """A host, frozen, from a folder or hub id that `save_tokenizer` filled, or by its name.
 
-    With a registered name such as `janus_vq(image_size=256)`, `checkpoint` is a safetensors file
-    with that host's own weights; without one the weights are random. Raises InputError for an
-    unknown name, CheckpointError for damaged, foreign or misfitting files.
+    With a registered name such as `llamagen(image_size=384)`, `checkpoint` is what was released for
+    that host: a file, a folder or a hub id (`official.py`); for a host without released weights it
+    is a safetensors file with its own. Without a checkpoint the weights are random. Raises
+    InputError for an unknown name, CheckpointError for damaged, foreign, misfitting or unreachable
+    files.
     """
     text = str(source)
     if Path(source).is_dir() or ("/" in text and "(" not in text):
@@ -58,11 +61,17 @@ def load_tokenizer(
             raise InputError(f"{source} already holds weights: leave out checkpoint={checkpoint}")
         folder = fetch_folder(source, [WEIGHTS, CONFIG], revision=revision)
         return _load_folder(folder)
+    if checkpoint is not None and issubclass(_member(text), ReleasedTokenizer):
+        return load_released(text, checkpoint, revision=revision).freeze()
     tokenizer = tokenizers.build(text)
     if checkpoint is not None:
         tensors, _ = load_safetensors(checkpoint, digest_required=False)
         load_into(tokenizer, tensors, checkpoint)
     return tokenizer.freeze()
+
+
+def _member(spec: str) -> type[ImageTokenizer]:
+    return tokenizers.get(spec.partition("(")[0].strip())
 
 
 def _load_folder(folder: Path) -> ImageTokenizer:

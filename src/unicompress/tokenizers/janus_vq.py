@@ -10,9 +10,8 @@ The network is transformers' `JanusVQVAE`; ours are the tap, the quantiser and t
 """
 
 import math
+from typing import ClassVar
 
-import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +19,9 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from unicompress.errors import InputError
-from unicompress.tokenizers.base import ImageTokenizer, tokenizers
+from unicompress.tokenizers.base import HostFacts, ImageTokenizer, tokenizers
+from unicompress.tokenizers.fields import check_pixels, seeded, to_field, to_sequence
+from unicompress.tokenizers.vq_parts import per_token
 from unicompress.tokens import Grid, TokenSpec
 
 
@@ -31,6 +32,11 @@ class JanusVQ(ImageTokenizer):
     `patch` folds patch x patch pixels into channels before the first convolution, which makes the
     reference affordable on a CPU; the released LlamaGen and Janus networks have `patch=1`.
     """
+
+    facts: ClassVar[HostFacts] = HostFacts(
+        licence="that of this package (the reference)",
+        verified="transformers' JanusVQVAE; the shipped reference model",
+    )
 
     def __init__(
         self,
@@ -86,19 +92,13 @@ class JanusVQ(ImageTokenizer):
         )
 
     def encode(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b t d"]:
-        size = self.spec.image_size
-        if tuple(pixels.shape[-2:]) != (size, size):
-            raise InputError(
-                f"this tokenizer reads {size}x{size} pictures, got "
-                f"{pixels.shape[-2]}x{pixels.shape[-1]}: resize them first"
-            )
+        check_pixels(pixels, self.image_size)
         field = self.vq.encoder(F.pixel_unshuffle(pixels, self.patch))
-        return rearrange(field, "b d rows columns -> b (rows columns) d")
+        return to_sequence(field)
 
     def to_code_space(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
         """The 1x1 `quant_conv`, per token, before normalisation."""
-        conv = self.vq.quant_conv
-        return F.linear(tokens, conv.weight[:, :, 0, 0], conv.bias)
+        return per_token(self.vq.quant_conv, tokens)
 
     def dense_target(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
         return F.normalize(self.to_code_space(tokens), dim=-1)
@@ -121,25 +121,16 @@ class JanusVQ(ImageTokenizer):
 
     def raw_pixels(self, dense: Float[Tensor, "b t e"]) -> Float[Tensor, "b 3 h w"]:
         """Decoder output without the clamp, for training the host itself."""
-        grid = self.spec.grid
-        if dense.shape[1] != grid.length:
-            raise InputError(
-                f"the decoder takes {grid.length} dense tokens ({grid.rows}x{grid.columns}), "
-                f"got {dense.shape[1]}"
-            )
-        field = rearrange(dense, "b (rows columns) e -> b e rows columns", rows=grid.rows)
+        field = to_field(dense, self.spec.grid)
         return F.pixel_shuffle(self.vq.decoder(self.vq.post_quant_conv(field)), self.patch)
 
     @classmethod
     def tiny(cls) -> "JanusVQ":
-        torch_state = torch.random.get_rng_state()
-        torch.manual_seed(0)
-        tokenizer = cls(
-            image_size=16,
-            channel_multiplier=(1, 1),
-            latent_channels=16,
-            code_dim=4,
-            codebook_size=32,
-        )
-        torch.random.set_rng_state(torch_state)
-        return tokenizer
+        with seeded():
+            return cls(
+                image_size=16,
+                channel_multiplier=(1, 1),
+                latent_channels=16,
+                code_dim=4,
+                codebook_size=32,
+            )
