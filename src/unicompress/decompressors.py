@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from unicompress.decompressor_heads import (
     CodesHead,
     Embed,
+    Feedback,
     RegressionHead,
     Sampling,
     code_rows,
 )
+from unicompress.engine import fixed_shapes, repeat
 from unicompress.errors import InputError
 from unicompress.layers import (
     CrossStack,
@@ -230,27 +232,75 @@ class Decompressor(nn.Module):
     ) -> Decompressed:
         """One unit per step."""
         base, unit, grid = conditions.base, conditions.unit, conditions.grid
-        steps = base.shape[1]
-        present = conditions.present[None, :, :, None].to(base)
-        caches = self.stack.empty_caches(base, steps) if use_cache else None
-        dense, codes = [], []
-        inputs = base[:, :1] + self.start  # with a cache the newest unit, else the whole prefix
-        for step in range(steps):
-            hidden = self.stack(inputs, conditions.memory, causal=True, caches=caches)[:, -1:]
+        run = self._steps_without_cache if not use_cache else self._steps
+        if use_cache and fixed_shapes() and base.shape[1] > 1:
+            run = self._fixed_steps
+        found = run(conditions, self._feedback(conditions, sampling))
+        codes = None
+        if sampling is not None:  # looked up once for all units
+            codes = from_cells(found, grid, unit)
+            dense = sampling.embed(codes)
+        else:
+            dense = from_cells(found, grid, unit)
+        return Decompressed(dense=dense, codes=codes, steps=base.shape[1])
+
+    def _feedback(self, conditions: Conditions, sampling: Sampling | None) -> Feedback:
+        """What the steps share of how a prediction is fed back, computed once per image."""
+        unit, grid, table = conditions.unit, conditions.grid, None
+        if sampling is not None and self.codes_per_token == 1:
+            codes = torch.arange(self.codebook_size, device=conditions.base.device)
+            table = self._scaled(sampling.embed(codes[None, :, None]))[0]
+        ragged = grid.rows % unit or grid.columns % unit
+        present = conditions.present[None, :, :, None].to(conditions.base) if ragged else None
+        return Feedback(sampling, table, self._scaled, self.units_in[str(unit)], present)
+
+    def _steps(self, conditions: Conditions, feedback: Feedback) -> Tensor:
+        """Codes or tokens of all units, [b, n, k, ...]; each step reads the cache."""
+        unit = conditions.unit
+        bases, parents = conditions.base.split(1, dim=1), conditions.parents.split(1, dim=1)
+        decoder = self.stack.decoder(conditions.memory, conditions.base, len(bases))
+        inputs = bases[0] + self.start
+        found: list[Tensor] = []
+        for step, parent in enumerate(parents):
+            if step:
+                inputs = bases[step] + feedback.fed(found[-1], step - 1)
+            hidden = decoder.step(inputs, step)
+            found.append(feedback.settle(self._predict(hidden, parent, unit)))
+        return torch.cat(found, dim=1)
+
+    def _steps_without_cache(self, conditions: Conditions, feedback: Feedback) -> Tensor:
+        """The same, computing the whole prefix at every step."""
+        base, unit = conditions.base, conditions.unit
+        inputs = base[:, :1] + self.start
+        found: list[Tensor] = []
+        for step in range(base.shape[1]):
+            if step:
+                newest = base[:, step : step + 1] + feedback.fed(found[-1], step - 1)
+                inputs = torch.cat([inputs, newest], dim=1)
+            hidden = self.stack(inputs, conditions.memory, causal=True)[:, -1:]
             cells = self._predict(hidden, conditions.parents[:, step : step + 1], unit)
-            if sampling is not None:
-                codes.append(sampling.draw(cells))
-                cells = sampling.embed(codes[-1].flatten(1, 2)).unsqueeze(1)
-            dense.append(cells)
-            if step + 1 < steps:
-                fed = self._scaled(cells) * present[:, step : step + 1]
-                newest = base[:, step + 1 : step + 2] + self.units_in[str(unit)](fed.flatten(2))
-                inputs = newest if use_cache else torch.cat([inputs, newest], dim=1)
-        return Decompressed(
-            dense=from_cells(torch.cat(dense, dim=1), grid, unit),
-            codes=from_cells(torch.cat(codes, dim=1), grid, unit) if codes else None,
-            steps=steps,
-        )
+            found.append(feedback.settle(cells))
+        return torch.cat(found, dim=1)
+
+    def _fixed_steps(self, conditions: Conditions, feedback: Feedback) -> Tensor:
+        """The same with all state in tensors, for CUDA graphs and compilers."""
+        base, parents, unit = conditions.base, conditions.parents, conditions.unit
+        count = base.shape[1]
+        decoder = self.stack.decoder(conditions.memory, base, count, fixed=True)
+        place = torch.zeros(1, dtype=torch.long, device=base.device)
+        hidden = decoder.step(base[:, :1] + self.start, place)
+        first = feedback.settle(self._predict(hidden, parents[:, :1], unit))
+        found = first.repeat_interleave(count, dim=1)  # every row but the first is overwritten
+
+        def step() -> None:
+            fed = feedback.fed(found.index_select(1, place), place)
+            place.add_(1)
+            hidden = decoder.step(base.index_select(1, place) + fed, place)
+            cells = self._predict(hidden, parents.index_select(1, place), unit)
+            found.index_copy_(1, place, feedback.settle(cells))
+
+        repeat(step, count - 1, base.device)
+        return found
 
     def _generate_parallel(self, conditions: Conditions, sampling: Sampling | None) -> Decompressed:
         """All units at once; each further pass keeps the tokens that were surest (MaskGIT)."""

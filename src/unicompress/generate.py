@@ -3,16 +3,28 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unicompress.backbones.base import Backbone, Choose, Stream
+from unicompress.backbones.fixed_cache import FixedCache
+from unicompress.engine import fixed_shapes, repeat
 from unicompress.errors import InputError
-from unicompress.sequence import PADDING, SHARED, ImageLayout, PackedText, pad_left, visible
+from unicompress.sequence import (
+    PADDING,
+    SHARED,
+    ImageLayout,
+    PackedText,
+    drawing,
+    pad_left,
+    reading,
+    visible,
+)
 
 
 @dataclass
@@ -33,9 +45,9 @@ class Timings:
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:
         """Add the time of the block to a part."""
-        start = _now()
+        start = now()
         yield
-        setattr(self, part, getattr(self, part) + _now() - start)
+        setattr(self, part, getattr(self, part) + now() - start)
 
 
 def measured(timings: Timings | None, part: str) -> contextlib.AbstractContextManager[None]:
@@ -43,10 +55,27 @@ def measured(timings: Timings | None, part: str) -> contextlib.AbstractContextMa
     return timings.measure(part) if timings else contextlib.nullcontext()
 
 
-def _now() -> float:
+_clock: ContextVar[Callable[[], float]] = ContextVar("clock", default=time.perf_counter)
+
+
+@contextlib.contextmanager
+def processor_time() -> Iterator[None]:
+    """Within the block times are seconds of this process's processor, not of the clock on the wall.
+
+    Steadier where others use the same cores; it knows nothing of work on a GPU.
+    """
+    token = _clock.set(time.process_time)
+    try:
+        yield
+    finally:
+        _clock.reset(token)
+
+
+def now() -> float:
+    """Seconds; work that a GPU still has to do is waited for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return _clock.get()()
 
 
 @dataclass(frozen=True)
@@ -133,13 +162,16 @@ def draw_codes(
     layout: ImageLayout,
     prompts: Sequence[list[int]],
     *,
-    unconditional: list[int],
+    unconditional: Sequence[list[int]],
     sampling: Sampling,
     uniforms: Float[Tensor, "b n c"],
     timings: Timings | None = None,
 ) -> Int[Tensor, "b n c"]:
-    """Codes of one picture per prompt (token ids), globals first, in as many steps as codes."""
-    rows = [*prompts, *([unconditional] * len(prompts) if sampling.guided else [])]
+    """Codes of one picture per prompt (token ids), globals first, in as many steps as codes.
+
+    `unconditional` holds what guidance contrasts each prompt with.
+    """
+    rows = [*prompts, *(unconditional if sampling.guided else [])]
     delimiters = backbone.delimiters()
     device = delimiters.device
     text = pad_left(rows, device)
@@ -149,24 +181,96 @@ def draw_codes(
     positions = (columns + (text.offsets - start)[:, None]).clamp(min=0)
     mask = visible(keys, keys, first=0)
     begin, separator, _ = (row.expand(len(rows), 1, -1) for row in delimiters)
-    cache = backbone.new_cache(keys.shape[1])
+    run = _Columns(backbone, layout, start, mask, positions)
     uniforms = uniforms.to(device)
     fed = torch.cat([backbone.embed_text(text.ids), begin], dim=1)
-    done, chosen, part = 0, [], "prefill"
-    for index in range(layout.tokens):
+    chosen, part = [], "prefill"
+    # With fixed shapes the steps from local code to local code, all alike, are left for later.
+    single = layout.tokens if run.fixed is None else layout.global_count + 1
+    for index in range(single):
         with measured(timings, part):
-            stop = done + fed.shape[1]
-            hidden = backbone(fed, mask[:, :, done:stop, :stop], positions[:, done:stop], cache)
-        done, part = stop, "lm_steps"
+            hidden = run(fed)
+        part = "lm_steps"
         stream: Stream = "global" if index < layout.global_count else "local"
         with measured(timings, "head"):
             choose = sampling.chooser(uniforms[:, index])
             codes = backbone.sample_codes(hidden[:, -1], stream, choose)
         chosen.append(codes[: len(prompts)])
-        fed = backbone.embed_codes(codes[:, None], stream)
+        if index + 1 < layout.tokens:
+            fed = backbone.embed_codes(codes[:, None], stream)
         if index + 1 == layout.global_count:
             fed = torch.cat([fed, separator], dim=1)
-    return torch.stack(chosen, dim=1)
+    found = torch.stack(chosen, dim=1)
+    if single == layout.tokens:
+        return found
+    with measured(timings, "lm_steps"):
+        return torch.cat([found, run.rest(codes, sampling, uniforms[:, single:])], dim=1)
+
+
+class _Columns:
+    """Runs the language model over the columns of a drawing, a few at a time, with its cache."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        layout: ImageLayout,
+        start: int,  # column of the image's BOS
+        mask: Bool[Tensor, "b 1 l l"],
+        positions: Int[Tensor, "b l"],
+    ):
+        self.backbone, self.layout, self.start = backbone, layout, start
+        self.mask, self.positions = mask, positions
+        self.done = 0
+        self.cache = backbone.new_cache(mask.shape[-1])
+        self.fixed: FixedCache | None = None
+        if fixed_shapes():
+            if getattr(backbone, "accelerators", None):
+                raise InputError("accelerators change shapes while drawing: use the engine eager")
+            self.fixed = FixedCache(self.cache, mask.shape[-1], mask.device)
+
+    def __call__(self, fed: Float[Tensor, "b n h"]) -> Float[Tensor, "b n h"]:
+        """Hidden states of the next columns."""
+        new = slice(self.done, self.done + fed.shape[1])
+        self.done = new.stop
+        rows, places = self.mask[:, :, new], self.positions[:, new]
+        if self.fixed is None:
+            image = drawing(self.layout, self.start, new.stop)
+            return self.backbone(fed, rows[..., : new.stop], places, self.cache, image)
+        self.fixed.put(torch.arange(new.start, new.stop, device=fed.device))
+        return self.backbone(fed, rows, places, self.fixed.cache)
+
+    def rest(
+        self,
+        codes: Int[Tensor, "b c"],
+        sampling: Sampling,
+        uniforms: Float[Tensor, "p n c"],
+    ) -> Int[Tensor, "p n c"]:
+        """The local codes that follow `codes`, one for each column of `uniforms`.
+
+        Everything that changes from step to step is a tensor changed in place, and choosing is
+        part of the step: it can be compiled, or recorded and replayed without the host.
+        """
+        assert self.fixed is not None  # its only caller asks before
+        backbone, cache = self.backbone, self.fixed.cache
+        count = uniforms.shape[1]
+        codes = codes.clone()
+        place = torch.tensor([self.done], device=codes.device)
+        index = torch.zeros_like(place)
+        found = codes.new_empty(len(uniforms), count, codes.shape[1])
+        self.fixed.put(place)
+
+        def step() -> None:
+            fed = backbone.embed_codes(codes[:, None], "local")
+            rows, places = self.mask.index_select(2, place), self.positions.index_select(1, place)
+            hidden = backbone(fed, rows, places, cache)
+            choose = sampling.chooser(uniforms.index_select(1, index)[:, 0])
+            codes.copy_(backbone.sample_codes(hidden[:, -1], "local", choose))
+            found.index_copy_(1, index, codes[: len(found), None])
+            place.add_(1)
+            index.add_(1)
+
+        repeat(step, count, codes.device)
+        return found
 
 
 @torch.no_grad()
@@ -177,11 +281,12 @@ def write_answers(
     *,
     count: int,
     end: int,
+    columns: Bool[Tensor, " i"] | None = None,
 ) -> Int[Tensor, "b q n"]:
     """The most likely continuation of every block, up to `count` tokens.
 
     The image is read once for all its blocks, and all blocks advance in the same step; none sees
-    another. What follows `end` means nothing.
+    another. What follows `end` means nothing. `columns` marks the image's tokens as in `read_text`.
     """
     b, blocks = text.last.shape
     shared = text.groups.new_full((b, image.shape[1]), SHARED)
@@ -192,6 +297,7 @@ def write_answers(
         visible(keys, keys, first=0),
         torch.cat([places, text.positions + image.shape[1]], dim=1),
         cache := backbone.new_cache(keys.shape[1] + blocks * count),
+        None if columns is None else reading(columns, keys.shape[1]),
     )
     rows = torch.arange(b, device=image.device)[:, None]
     states = hidden[rows, text.last + image.shape[1]]  # [b, q, h]
@@ -211,5 +317,6 @@ def write_answers(
             visible(numbers, keys, first=keys.shape[1] - blocks),
             text.lengths + image.shape[1] + step,
             cache,
+            None if columns is None else reading(columns, keys.shape[1]),
         )
     return torch.stack(written, dim=-1)

@@ -1,6 +1,7 @@
 """The only transformer code of our own: attention, blocks, and the geometry of a token grid."""
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -147,28 +148,132 @@ class CrossStack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(
-        self,
-        tokens: Float[Tensor, "b n w"],
-        memory: list[KeysValues],
-        *,
-        causal: bool,
-        caches: list[KVCache] | None = None,
+        self, tokens: Float[Tensor, "b n w"], memory: list[KeysValues], *, causal: bool
     ) -> Float[Tensor, "b n w"]:
-        """Through all blocks; with caches, `tokens` are the newest position only."""
+        """Through all blocks; `decoder` gives the same for one position at a time."""
         for layer, block in enumerate(self.blocks):
-            cache = None if caches is None else caches[layer]
-            tokens = block(tokens, memory=memory[layer], causal=causal, cache=cache)
+            tokens = block(tokens, memory=memory[layer], causal=causal)
         return tokens
 
     def keys_values(self, memory: Float[Tensor, "b m w"]) -> list[KeysValues]:
         """What each layer reads of the memory."""
         return [cast(Block, block).cross_attention.keys_values(memory) for block in self.blocks]
 
-    def empty_caches(self, like: Float[Tensor, "b n w"], length: int) -> list[KVCache]:
-        """One cache per layer for `length` positions of a batch such as `like`."""
-        return [
-            cast(Block, block).self_attention.empty_cache(like, length) for block in self.blocks
+    def decoder(
+        self,
+        memory: list[KeysValues],
+        like: Float[Tensor, "b n w"],
+        length: int,
+        *,
+        fixed: bool = False,
+    ) -> "StepDecoder":
+        """The same blocks for one position after the other, up to `length` of them."""
+        blocks = [cast(Block, block) for block in self.blocks]
+        return StepDecoder(blocks, memory, like, length, fixed=fixed)
+
+
+class StepDecoder:
+    """Causal blocks fed one position per call: `Block.forward` with a cache, at the least cost.
+
+    A step is bound by the number of calls, not by arithmetic. So weights are looked up once, keys
+    and values of a position enter the cache in one copy, and positions are rows of a matrix.
+
+    `fixed` keeps every shape the same at every step (attention reads the whole cache under a mask)
+    and takes the place as a tensor, as CUDA graphs and compilers need; it is slower without them.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence["Block"],
+        memory: Sequence[KeysValues] | None,
+        like: Float[Tensor, "b n w"],
+        length: int,
+        *,
+        fixed: bool = False,
+    ):
+        first = blocks[0].self_attention
+        self.batch, self.width = like.shape[0], first.width
+        self.heads, self.length = first.heads, length
+        self.fixed = fixed
+        shape = (2, self.batch, self.heads, length, self.width // self.heads)
+        # Zeros where all places are read: a masked NaN would still spoil the sum of values.
+        make = like.new_zeros if fixed else like.new_empty
+        self.layers = [
+            _LayerWeights(block, make(shape), memory[number] if memory is not None else None)
+            for number, block in enumerate(blocks)
         ]
+        self.places = torch.arange(length, device=like.device) if fixed else None
+
+    def step(
+        self, tokens: Float[Tensor, "b 1 w"], place: int | Int[Tensor, "1"]
+    ) -> Float[Tensor, "b 1 w"]:
+        """The newest position, `place` = 0, 1, ...: an int, or if `fixed` a tensor of one place.
+
+        Raises InputError for an int beyond the length.
+        """
+        if isinstance(place, int) and place >= self.length:
+            raise InputError(f"the cache holds {self.length} positions, {place + 1} are needed")
+        rows = tokens[:, 0]
+        for layer in self.layers:
+            normed = F.layer_norm(rows, *layer.self_norm)
+            projected = F.linear(normed, *layer.project)
+            rows = rows + F.linear(self._read_past(projected, layer.cache, place), *layer.out)
+            if layer.memory is not None:
+                queries = F.linear(F.layer_norm(rows, *layer.cross_norm), *layer.query)
+                mixed = F.scaled_dot_product_attention(self._heads(queries), *layer.memory)
+                rows = rows + F.linear(mixed.reshape(self.batch, -1), *layer.cross_out)
+            inner = F.gelu(F.linear(F.layer_norm(rows, *layer.mlp_norm), *layer.inner))
+            rows = rows + F.linear(inner, *layer.mlp_out)
+        return rows[:, None]
+
+    def _heads(self, rows: Float[Tensor, "b w"]) -> Float[Tensor, "b heads 1 d"]:
+        return rows.view(self.batch, self.heads, 1, -1)
+
+    def _read_past(
+        self,
+        projected: Float[Tensor, "b p"],
+        cache: Float[Tensor, "2 b heads length d"],
+        place: int | Tensor,
+    ) -> Float[Tensor, "b w"]:
+        """Store the newest keys and values, and let its queries read all so far."""
+        queries = self._heads(projected[:, : self.width])
+        newest = projected[:, self.width :].view(self.batch, 2, self.heads, 1, -1).transpose(0, 1)
+        mask = None
+        if isinstance(place, int):
+            cache[:, :, :, place : place + 1] = newest
+            cache = cache[:, :, :, : place + 1]
+        else:
+            assert self.places is not None  # a tensor is for fixed shapes only
+            cache.index_copy_(3, place, newest.to(cache.dtype))
+            mask = (self.places <= place)[None, None, None]
+        mixed = F.scaled_dot_product_attention(queries, cache[0], cache[1], attn_mask=mask)
+        return mixed.reshape(self.batch, -1)
+
+
+class _LayerWeights:
+    """What `StepDecoder` needs of one block, as the arguments of plain functions."""
+
+    def __init__(self, block: "Block", cache: Tensor, memory: KeysValues | None):
+        own, mlp = block.self_attention, block.mlp
+        self.cache, self.memory = cache, memory
+        self.self_norm = _norm(block.self_norm)
+        self.project = (own.project.weight, own.project.bias)
+        self.out = (own.out.weight, own.out.bias)
+        if memory is not None:
+            cross = block.cross_attention
+            self.cross_norm = _norm(block.cross_norm)
+            self.query = (
+                cross.project.weight[: cross.width],
+                cross.project.bias[: cross.width],
+            )
+            self.cross_out = (cross.out.weight, cross.out.bias)
+        self.mlp_norm = _norm(block.mlp_norm)
+        self.inner = (mlp.inner.weight, mlp.inner.bias)
+        self.mlp_out = (mlp.out.weight, mlp.out.bias)
+
+
+def _norm(norm: nn.LayerNorm) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
 
 
 class GridMixer(nn.Module):

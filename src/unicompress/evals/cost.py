@@ -6,7 +6,6 @@ the image decoder are inside.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,18 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from unicompress.codec import ImageCodec
 from unicompress.data.images import to_tensor
 from unicompress.data.scenes import Scenes, SceneSample
+from unicompress.engine import current_engine
 from unicompress.errors import InputError
 from unicompress.evals.generation import DEFAULT_SAMPLING
+from unicompress.evals.janus_baseline import janus_task
+from unicompress.evals.meter import count_flops, meter
 from unicompress.evals.result import Breakdown, Figures, Progress, Result, hardware
-from unicompress.generate import Sampling, Timings
+from unicompress.generate import Sampling, Timings, now, write_answers
+from unicompress.sequence import pack_text
 from unicompress.unified import UnifiedModel
 
+__all__ = ["BENCHES", "Effort", "Pair", "count_flops", "kv_cache_bytes", "take_turns"]
+
 SIDES = ("dense", "compressed")
+QUESTION = 32  # tokens of the question whose prefill is timed
+BASELINE = "transformers_janus"
 PARTS = tuple(field.name for field in fields(Breakdown))
 
 
@@ -37,7 +43,7 @@ class Effort:
     batch: int = 8
     repeats: int = 5
     warmup: int = 1
-    flops: bool = True  # counted in one extra run of each model
+    flops: bool = True  # arithmetic and memory are counted in one extra run of each model
 
     def __post_init__(self) -> None:
         if min(self.batch, self.repeats) < 1 or self.warmup < 0:
@@ -91,9 +97,7 @@ def take_turns(
 
 def clock() -> float:
     """Seconds; work that a GPU still has to do is waited for."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return now()
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -109,54 +113,74 @@ def bench_generation(
     effort: Effort | None = None,
     *,
     sampling: Sampling | None = None,
+    baseline: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Time from prompts to pixels of one batch, with its breakdown."""
+    """Time from prompts to pixels of one batch, with its breakdown.
+
+    `baseline` lets transformers' own Janus take part, with the dense model's language model. On a
+    GPU the parts are timed in runs of their own, since timing them makes the host wait.
+    """
     effort, sampling = effort or Effort(), sampling or DEFAULT_SAMPLING
     prompts = [sample.caption for sample in _samples(pair.any, effort.batch)]
+    tokens = pair.any.text(prompts, add_special_tokens=False)["input_ids"]
+    longest = max(len(ids) for ids in tokens)
     parts: dict[str, list[Timings]] = {side: [] for side, _ in pair}
 
-    def task(side: str, model: UnifiedModel) -> Callable[[], object]:
+    def task(side: str, model: UnifiedModel, timed: bool) -> Callable[[], object]:
         def run() -> object:
-            parts[side].append(Timings())
-            return model.draw(prompts, **asdict(sampling), seed=0, timings=parts[side][-1])
+            timings = Timings() if timed else None
+            if timings is not None:
+                parts[side].append(timings)
+            return model.draw(prompts, **asdict(sampling), seed=0, timings=timings)
 
         return run
 
-    tasks = {side: task(side, model) for side, model in pair}
-    seconds = take_turns(
-        tasks, repeats=effort.repeats, warmup=effort.warmup, label="drawing", progress=progress
-    )
+    waits = pair.any.device.type == "cuda"
+    tasks = {side: task(side, model, not waits) for side, model in pair}
+    if baseline and pair.dense is not None:
+        tasks[BASELINE] = janus_task(
+            pair.dense, prompts=effort.batch, length=longest + 2, sampling=sampling
+        )
+    turns: dict[str, Any] = {"repeats": effort.repeats, "warmup": effort.warmup, "progress": progress}
+    seconds = take_turns(tasks, label="drawing", **turns)
+    if waits:
+        timed = {side: task(side, model, True) for side, model in pair}
+        take_turns(timed, label="drawing in parts", **turns)
     found = medians(seconds)
-    flops = _flops(tasks, effort)
-    tokens = pair.any.text(prompts, add_special_tokens=False)["input_ids"]
+    kept = slice(effort.warmup, effort.warmup + effort.repeats)
     return _result(
         pair,
         effort,
         "generation",
-        {side: {"generation_seconds": found[side]} for side in found},
-        {
-            side: _breakdown(parts[side][effort.warmup : effort.warmup + effort.repeats])
-            for side in found
+        {side: {"generation_seconds": found[side]} for side, _ in pair},
+        {side: _breakdown(parts[side][kept]) for side, _ in pair},
+        prompt_tokens=longest,
+        details={
+            "medians": found,
+            "seconds": seconds,
+            **_counted(tasks, pair, effort),
+            "sampling": sampling,
+            "engine": current_engine(),
         },
-        prompt_tokens=max(len(ids) for ids in tokens),
-        details={"seconds": seconds, "flops": flops, "sampling": sampling},
     )
 
 
 def bench_understanding(
     pair: Pair, effort: Effort | None = None, *, progress: Progress | None = None
 ) -> Result:
-    """Time to answer one question about each picture of a batch."""
+    """Time to answer one question about each picture of a batch, pictures encoded anew.
+
+    Beside it the prefill alone: the language model on an image and a question of 32 tokens.
+    """
     effort = effort or Effort()
     samples = _samples(pair.any, effort.batch)
     pixels, questions = _pixels(samples), [sample.questions[0].text for sample in samples]
-    tasks = {
-        side: (
-            lambda model=model: model.answer(pixels.to(model.device), questions, max_new_tokens=4)
-        )
-        for side, model in pair
-    }
+    tasks: dict[str, Callable[[], object]] = {}
+    for side, model in pair:
+        images = pixels.to(model.device)
+        tasks[side] = partial(model.answer, images, questions, max_new_tokens=4)
+        tasks[f"{side}_prefill"] = _prefill(model, images)
     seconds = take_turns(
         tasks, repeats=effort.repeats, warmup=effort.warmup, label="answering", progress=progress
     )
@@ -165,9 +189,19 @@ def bench_understanding(
         pair,
         effort,
         "understanding",
-        {side: {"understanding_seconds": found[side]} for side in found},
-        details={"seconds": seconds, "flops": _flops(tasks, effort)},
+        {side: {"understanding_seconds": found[side]} for side, _ in pair},
+        {side: Breakdown(prefill=found[f"{side}_prefill"]) for side, _ in pair},
+        details={"medians": found, "seconds": seconds, **_counted(tasks, pair, effort)},
     )
+
+
+@torch.no_grad()
+def _prefill(model: UnifiedModel, images: Tensor) -> Callable[[], object]:
+    """One pass of the language model over images that are embedded already, and a question."""
+    embeds = model._image_embeds(images)
+    words = [index % model.backbone.space.text_size for index in range(QUESTION)]
+    text = pack_text([[(words, [])]] * len(images), model.device)
+    return partial(write_answers, model.backbone, embeds, text, count=1, end=-1)
 
 
 def bench_training(
@@ -186,14 +220,14 @@ def bench_training(
         seconds = take_turns(
             tasks, repeats=effort.repeats, warmup=effort.warmup, label="training", progress=progress
         )
-        flops = _flops(tasks, effort)
+        counted = _counted(tasks, pair, effort)
     found = medians(seconds)
     return _result(
         pair,
         effort,
         "training",
         {side: {"training_step_seconds": found[side]} for side in found},
-        details={"seconds": seconds, "flops": flops},
+        details={"medians": found, "seconds": seconds, **counted},
     )
 
 
@@ -261,37 +295,17 @@ def kv_cache_bytes(model: UnifiedModel, prompt_tokens: int = 0) -> int:
     return int(2 * config.num_hidden_layers * heads * head_dim * item * positions)
 
 
-def count_flops(task: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention in one run."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-        task()
-    return int(counter.get_total_flops())
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two matrix products of shapes [b, heads, queries, keys]."""
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[2] * (width + value[3])
-
-
-def _attention_backward_flops(
-    gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    """The scores once more, and the gradients of values, scores, queries and keys."""
-    return 5 * _attention_flops(query, key, value) // 2
-
-
-# torch counts fused attention on GPUs only.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-
-
-def _flops(tasks: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, int] | None:
+def _counted(
+    tasks: Mapping[str, Callable[[], object]], pair: Pair, effort: Effort
+) -> dict[str, Any]:
+    """Arithmetic and memory of each task, or nulls where they were not asked for."""
     if not effort.flops:
-        return None
-    return {side: count_flops(task) for side, task in tasks.items()}
+        return {"flops": None, "peak_bytes": None}
+    found = {name: meter(task, pair.any.device) for name, task in tasks.items()}
+    return {
+        "flops": {name: each.flops for name, each in found.items()},
+        "peak_bytes": {name: each.peak_bytes for name, each in found.items()},
+    }
 
 
 def _samples(model: UnifiedModel, count: int, split: str = "test") -> list[SceneSample]:

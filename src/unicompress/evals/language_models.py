@@ -1,13 +1,22 @@
 """Language models of known shapes with random weights: their cost is that of trained ones."""
 
 import difflib
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from unicompress.backbones.text import build_text_tokenizer
-from unicompress.codec import ImageCodec
+from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.data.scenes import Scenes
 from unicompress.errors import InputError
 from unicompress.evals.cost import Pair
@@ -15,6 +24,7 @@ from unicompress.tokenizers.base import ImageTokenizer
 from unicompress.unified import UnifiedModel
 
 POSITIONS = 2048
+TEXT = 512  # positions left for text beside a dense image
 
 
 @dataclass(frozen=True)
@@ -45,38 +55,54 @@ LMS = {
 }
 
 
+def lm_config(name: str) -> PreTrainedConfig:
+    """Configuration of a known shape, of a `config.json` (or its folder), or of a hub id.
+
+    Raises InputError that names the nearest known shape, or says why a file cannot be used.
+    """
+    shape = LMS.get(name.lower())
+    if shape is not None:
+        return LlamaConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocabulary,
+            max_position_embeddings=POSITIONS,
+            tie_word_embeddings=shape.tied,
+        )
+    if not Path(name).exists() and "/" not in name:
+        close = difflib.get_close_matches(name.lower(), LMS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise InputError(
+            f"unknown language model shape {name!r}.{hint} Known: {', '.join(LMS)}, or a "
+            "config.json, or a hub id"
+        )
+    try:
+        return AutoConfig.from_pretrained(name).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["unknown"])[0]
+        raise InputError(f"no language model configuration in {name!r}: {reason}") from error
+
+
 def random_lm(
-    name: str,
+    name: str | PreTrainedConfig,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> LlamaForCausalLM:
-    """A language model of a known shape; raises InputError that names the nearest known one."""
-    shape = LMS.get(name.lower())
-    if shape is None:
-        close = difflib.get_close_matches(name.lower(), LMS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"unknown language model shape {name!r}.{hint} Known: {', '.join(LMS)}")
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=shape.tied,
-        dtype=dtype,
-    )
+) -> PreTrainedModel:
+    """A language model of a shape (see `lm_config`), with random weights."""
+    config = lm_config(name) if isinstance(name, str) else name
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def random_pair(
-    name: str,
+    name: str | PreTrainedConfig,
     *,
     tokenizer: ImageTokenizer,
     codec: ImageCodec,
@@ -86,9 +112,13 @@ def random_pair(
     """A dense and a compressed model around one host and one language model of a known shape.
 
     Both share the same language model in memory, which is only possible because it is not trained.
+    It and what surrounds it have the type `dtype`; the host and the codec stay as they are.
     """
-    text = text_tokenizer or caption_tokenizer(tokenizer.spec.image_size)
-    lm = random_lm(name, dtype=dtype, device=tokenizer.device)
+    text = text_tokenizer or caption_tokenizer()
+    config = lm_config(name) if isinstance(name, str) else name
+    needed = tokenizer.spec.grid.length + TEXT
+    config.max_position_embeddings = max(config.max_position_embeddings, needed)
+    lm = random_lm(config, dtype=dtype, device=tokenizer.device)
     models = [
         UnifiedModel.from_parts(tokenizer=tokenizer, codec=plugin, lm=lm, text_tokenizer=text)
         for plugin in (None, codec)
@@ -98,6 +128,16 @@ def random_pair(
     return Pair(dense=models[0].eval(), compressed=models[1].eval())
 
 
+def random_codec(tokenizer: ImageTokenizer, spec: CodecSpec, *, seed: int = 0) -> ImageCodec:
+    """A plug-in with random weights around a host, of the host's precision."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        codec = ImageCodec(tokenizer, spec)
+    weight = next(tokenizer.parameters())
+    return codec.to(weight.device, weight.dtype).eval()
+
+
+@functools.cache
 def caption_tokenizer(size: int = 64, vocabulary: int = 400) -> PreTrainedTokenizerFast:
     """A small text tokenizer that knows the words of scenes."""
     data = Scenes("train", size=size)

@@ -1,0 +1,142 @@
+"""Packed data: features and codes of images that were encoded once, in shards read as needed."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unicompress.checkpoint import fingerprint, load_safetensors, read_json
+from unicompress.errors import CheckpointError, HostMismatchError, RecipeError
+from unicompress.tokens import EncodedImages
+from unicompress.training.sample import Sample, Source
+from unicompress.unified import UnifiedModel
+
+FORMAT = "unicompress-pack-1"
+MANIFEST = "pack.json"
+HELD = 4  # shards kept in memory by one source
+NO_PIXELS = np.empty((0, 0, 3), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class PackedSample(Sample):
+    """A sample without pixels: what the language model reads and writes of it is known."""
+
+    features: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # [n, d]
+    codes: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))  # [n, c]
+
+
+class PackedSource(Source):
+    """A folder that `pack` wrote, again and again; a place always has the same sample.
+
+    Raises CheckpointError for a damaged, foreign or empty one.
+    """
+
+    def __init__(self, path: Path | str, *, questions: int):
+        self.path = Path(path)
+        self.questions = questions
+        self.manifest = read_manifest(self.path)
+        self.counts = [int(shard["count"]) for shard in self.manifest["shards"]]
+        if not self.counts:
+            raise CheckpointError(f"{self.path} holds no sample yet: let pack finish")
+        self.starts = np.cumsum([0, *self.counts])
+        self.captioned = bool(self.manifest["captioned"])
+        self.questioned = bool(self.manifest["questioned"])
+        self._held: OrderedDict[int, tuple[EncodedImages, list[dict[str, Any]]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def at(self, index: int) -> Sample:
+        # An even count: stage two reads even places and draws odd ones, in every epoch.
+        usable = max(1, len(self) - len(self) % 2)
+        index %= usable
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        images, texts = self._shard(number)
+        row = index - int(self.starts[number])
+        own = texts[row]
+        asked = tuple((question, answer) for question, answer in own["questions"])
+        return PackedSample(
+            pixels=NO_PIXELS,
+            caption=own["caption"],
+            questions=asked[: self.questions],
+            features=images.features[row],
+            codes=images.codes[row],
+        )
+
+    def _shard(self, number: int) -> tuple[EncodedImages, list[dict[str, Any]]]:
+        if number not in self._held:
+            path = self.path / self.manifest["shards"][number]["name"]
+            tensors, notes = load_safetensors(path)
+            if notes.get("identity") != json.dumps(self.manifest["identity"], sort_keys=True):
+                raise CheckpointError(f"{path} belongs to another pack: pack the data again")
+            texts = json.loads(tensors["texts"].numpy().tobytes().decode())
+            images = EncodedImages(tensors["features"], tensors["codes"].long())
+            if not len(images) == len(texts) == self.counts[number]:
+                raise CheckpointError(f"{path} holds another number of samples than its manifest")
+            self._held[number] = (images, texts)
+            if len(self._held) > HELD:
+                self._held.popitem(last=False)
+        self._held.move_to_end(number)
+        return self._held[number]
+
+
+def to_images(samples: Sequence[Sample]) -> EncodedImages:
+    """The encoded images of packed samples; RecipeError where some have pixels instead."""
+    packed = [sample for sample in samples if isinstance(sample, PackedSample)]
+    if len(packed) < len(samples):
+        raise RecipeError("packed data cannot be mixed with images: pack all entries of data")
+    return EncodedImages(
+        torch.stack([sample.features for sample in packed]),
+        torch.stack([sample.codes for sample in packed]),
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a pack says of itself; raises CheckpointError where it is none."""
+    found = read_json(folder / MANIFEST)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} is no {FORMAT} folder: make one with unicompress pack")
+    return found
+
+
+def identity(model: UnifiedModel) -> dict[str, str]:
+    """What features and codes depend on."""
+    codec = model.codec
+    return {
+        "host": str(model.tokenizer),
+        "host_fingerprint": fingerprint(model.tokenizer),
+        "plug_in_fingerprint": "none" if codec is None else encoder_fingerprint(model),
+        "understanding_source": model.config.understanding_source,
+    }
+
+
+def encoder_fingerprint(model: UnifiedModel) -> str:
+    """Of the plug-in without its decompressor, which packed images do not depend on."""
+    assert model.codec is not None  # its caller asks before
+    encoder = torch.nn.ModuleDict(
+        {
+            name: part
+            for name, part in model.codec.named_children()
+            if name not in ("decompressor", "tokenizer")
+        }
+    )
+    rates = model.codec.spec
+    return f"{fingerprint(encoder)}-s{rates.stride}-g{rates.global_count}"
+
+
+def check_packed(paths: Sequence[str], model: UnifiedModel) -> None:
+    """Raise HostMismatchError unless packs hold what this model's tokenizer stack would give."""
+    for path in paths:
+        written: Mapping[str, Any] = read_manifest(Path(path))["identity"]
+        for key, here in identity(model).items():
+            if written.get(key) != here and key != "host":
+                raise HostMismatchError(
+                    f"{path} was packed with another tokenizer, plug-in or rate ({key} "
+                    f"{str(written.get(key))[:12]}, here {here[:12]}): pack the data again"
+                )
