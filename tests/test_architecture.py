@@ -11,8 +11,8 @@ import pytest
 # never import each other. docs/architecture.md shows the same picture.
 HOUSE = """
 errors
-tokens registry checkpoint codebook hub decompressor_heads
-layers
+tokens registry checkpoint codebook hub decompressor_heads engine
+layers accelerators
 tokenizers global_tokens compressors decompressors backbones
 codec_spec sequence
 requantize
@@ -22,7 +22,7 @@ unified_parts
 unified_base
 unified
 data reference
-evals
+limits evals
 training
 console
 cli

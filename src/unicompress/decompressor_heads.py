@@ -38,6 +38,35 @@ class Sampling:
         return drawn.view(logits.shape[:-1]).to(logits.device)
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """What becomes of a step's prediction: settled first, then fed to the next step."""
+
+    sampling: Sampling | None  # None for the regression head
+    table: Float[Tensor, "v e"] | None  # scaled embedding of every code, where a token has one
+    scale: Callable[[Tensor], Tensor]
+    enter: nn.Module  # a unit's tokens to the width of the transformer
+    present: Float[Tensor, "1 n k 1"] | None  # None where every child lies on the grid
+
+    def settle(self, predicted: Tensor) -> Tensor:
+        """Codes [b n k c] from logits; a regression is settled already."""
+        return predicted if self.sampling is None else self.sampling.draw(predicted)
+
+    def fed(self, settled: Tensor, place: int | Int[Tensor, "1"]) -> Float[Tensor, "b 1 w"]:
+        """What the step after the unit at `place` is told of it."""
+        if self.sampling is None:
+            tokens = self.scale(settled)
+        elif self.table is not None:
+            tokens = F.embedding(settled[..., 0], self.table)
+        else:
+            rows = self.sampling.embed(settled.flatten(1, 2))
+            tokens = self.scale(rows).unflatten(1, settled.shape[1:3])
+        if self.present is not None:
+            one = slice(place, place + 1) if isinstance(place, int) else place
+            tokens = tokens * self.present[:, one]
+        return self.enter(tokens.flatten(2))
+
+
 @torch.no_grad()
 def code_rows(
     embed: Embed, codes_per_token: int, codebook_size: int, device: torch.device | None = None

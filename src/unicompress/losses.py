@@ -4,12 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from unicompress.backbones.base import Backbone, Stream
-from unicompress.sequence import IGNORED, SHARED, ImageLayout, PackedText, pad_left, visible
+from unicompress.sequence import (
+    IGNORED,
+    SHARED,
+    ImageLayout,
+    PackedText,
+    drawing,
+    pad_left,
+    reading,
+    visible,
+)
 
 
 @dataclass(frozen=True)
@@ -20,13 +29,19 @@ class LossOutput:
     logs: dict[str, float | Tensor]
 
 
-def answer_loss(backbone: Backbone, image: Float[Tensor, "b i h"], text: PackedText) -> LossOutput:
+def answer_loss(
+    backbone: Backbone,
+    image: Float[Tensor, "b i h"],
+    text: PackedText,
+    columns: Bool[Tensor, " i"] | None = None,
+) -> LossOutput:
     """Cross-entropy of the answers; logits are computed where there is a target only.
 
     Every answer weighs the same: a mean over tokens would give a caption of twenty words the
-    weight of ten short answers, and short answers were learned last for it.
+    weight of ten short answers, and short answers were learned last for it. `columns` marks the
+    image's tokens among its embeddings, see `read_text`.
     """
-    states = read_text(backbone, image, text)
+    states = read_text(backbone, image, text, columns)
     wanted = text.targets != IGNORED
     targets = text.targets[wanted]
     logits = backbone.text_logits(states[wanted]).float()
@@ -52,9 +67,15 @@ def answer_loss(backbone: Backbone, image: Float[Tensor, "b i h"], text: PackedT
 
 
 def read_text(
-    backbone: Backbone, image: Float[Tensor, "b i h"], text: PackedText
+    backbone: Backbone,
+    image: Float[Tensor, "b i h"],
+    text: PackedText,
+    columns: Bool[Tensor, " i"] | None = None,
 ) -> Float[Tensor, "b l h"]:
-    """Hidden states of the packed text behind an image, each block blind to the others."""
+    """Hidden states of the packed text behind an image, each block blind to the others.
+
+    `columns` (on the CPU) marks the image's tokens, for accelerators; None reads without them.
+    """
     before = image.shape[1]
     places = torch.arange(before, device=image.device).expand(len(image), -1)
     groups = torch.cat([torch.full_like(places, SHARED), text.groups], dim=1)
@@ -62,8 +83,10 @@ def read_text(
         torch.cat([image, backbone.embed_text(text.ids).to(image)], dim=1),
         visible(groups, groups, first=0),
         torch.cat([places, text.positions + before], dim=1),
+        image=None if columns is None else reading(columns, groups.shape[1]),
     )
     return hidden[:, before:]
+
 
 
 def code_loss(
@@ -92,6 +115,7 @@ def code_loss(
         torch.cat([backbone.embed_text(text.ids), image], dim=1),
         visible(groups, groups, first=0) if text.ragged else None,
         (columns + (text.offsets - start)[:, None]).clamp(min=0),
+        image=drawing(layout, start, groups.shape[1]),
     )[:, start:]
     if over == "vocabulary":
         return _vocabulary_loss(backbone, layout, hidden, codes)

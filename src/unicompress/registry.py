@@ -74,12 +74,22 @@ class Family(Generic[M]):
     def get(self, name: str) -> type[M]:
         """The class registered under `name`; raises InputError that names the nearest one."""
         if name not in self._members:
+            self._import_namesake(name)
+        if name not in self._members:
             known = self.names()
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(known)}")
         return self._members[name]
+
+    def _import_namesake(self, name: str) -> None:
+        """Import the module called like the member, if there is one, and spare all the others."""
+        home = importlib.import_module(self.home)
+        if any(
+            module.name == name for module in pkgutil.iter_modules(getattr(home, "__path__", []))
+        ):
+            importlib.import_module(f"{self.home}.{name}")
 
     def build(self, spec: str, **parts: object) -> M:
         """Build from `name` or `name(option=value)`; `parts` are passed on beside the options."""

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from unicompress.accelerators.base import ImageColumns
 from unicompress.tokens import Grid
 
 IGNORED = -100  # a target that takes no part in the loss (torch's own convention)
@@ -52,6 +53,14 @@ class ImageLayout:
         before_local = self.delimiters - 2 + self.global_count
         return [*range(self.global_count), *range(before_local, before_local + self.local_count)]
 
+    @property
+    def token_columns(self) -> Bool[Tensor, " l"]:
+        """True where a token of the image stands, False at its delimiters."""
+        marks = torch.zeros(self.length, dtype=torch.bool)
+        marks[1 : 1 + self.global_count] = True
+        marks[self.length - 1 - self.local_count : self.length - 1] = True
+        return marks
+
     def arrange(
         self, delimiters: Shaped[Tensor, "3 d"], tokens: Shaped[Tensor, "b n d"]
     ) -> Shaped[Tensor, "b l d"]:
@@ -60,6 +69,19 @@ class ImageLayout:
         globals_, locals_ = tokens.split([self.global_count, self.local_count], dim=1)
         middle = [globals_, separator] if self.global_count else []
         return torch.cat([begin, *middle, locals_, end], dim=1)
+
+
+def reading(columns: Bool[Tensor, " i"], length: int) -> ImageColumns:
+    """An image that is read stands first among `length` keys."""
+    keys = torch.zeros(length, dtype=torch.bool)
+    keys[: len(columns)] = columns
+    return ImageColumns("understanding", keys)
+
+
+def drawing(layout: ImageLayout, before: int, length: int) -> ImageColumns:
+    """An image that is drawn stands after `before` tokens of text; the first `length` keys."""
+    keys = torch.cat([torch.zeros(before, dtype=torch.bool), layout.token_columns])
+    return ImageColumns("generation", keys[:length])
 
 
 @dataclass(frozen=True)

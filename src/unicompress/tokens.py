@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unicompress.errors import InputError
@@ -82,3 +82,18 @@ class CompressedTokens:
     def sequence(self) -> Float[Tensor, "b n d"]:
         """Globals first, then locals in raster order (eq. 5 without its delimiters)."""
         return torch.cat([self.global_tokens, self.local_tokens], dim=1)
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """What a tokenizer stack made of images: what understanding reads, what generation writes."""
+
+    features: Float[Tensor, "b n d"]
+    codes: Int[Tensor, "b n c"]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def to(self, device: torch.device) -> "EncodedImages":
+        """The same on a device."""
+        return EncodedImages(self.features.to(device), self.codes.to(device))

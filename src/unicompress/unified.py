@@ -19,11 +19,14 @@ from unicompress.checkpoint import atomic_write, load_safetensors, read_json, sa
 from unicompress.codec import ImageCodec
 from unicompress.errors import CheckpointError, InputError
 from unicompress.export import export_plain_lm
+from unicompress.feature_taps import FeatureTap
 from unicompress.generate import Sampling, Timings, draw_codes, measured, noise, write_answers
 from unicompress.hub import fetch_folder
 from unicompress.losses import LossOutput, answer_loss, code_loss
+from unicompress.released.base import releases
 from unicompress.sequence import pack_text
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
+from unicompress.tokens import EncodedImages
 from unicompress.unified_base import UnifiedBase
 from unicompress.unified_parts import (
     UnifiedConfig,
@@ -32,6 +35,7 @@ from unicompress.unified_parts import (
     load_part,
     merged_lm,
     plain_state,
+    pool_options,
     untied,
 )
 
@@ -61,18 +65,30 @@ class UnifiedModel(UnifiedBase):
         projector: str = "local",
         understanding_source: str = "continuous",
         code_loss: str = "slot",
+        backbone: str = "causal_lm",
+        tap: FeatureTap | None = None,
+        accelerators: Sequence[str] = (),
     ) -> "UnifiedModel":
         """Join parts; the LM's vocabulary is extended by the image's entries, in place.
+
+        `backbone` names how codes enter and leave (`causal_lm`, or that of a released model, which
+        leaves the vocabulary alone). `tap` is an encoder that reads in the tokenizer's place; its
+        field is pooled at the codec's rate by a pooler that is trained with the language model.
+        `accelerators`, such as `himix`, change how its layers compute image tokens.
 
         `projector` is `local` or `linear`, with options as in `local(width=64)`. `code_loss` is
         `slot` (each code among the codes possible there) or `vocabulary` (among all entries of
         the LM, delimiters too, so that an exported model can be sampled without constraints).
         """
         check_options(tokenizer, codec, understanding_source, code_loss)
-        text_size = max(len(vocabulary(lm)), len(text_tokenizer))
-        space = code_space(text_size, tokenizer, codec)
+        rows = len(vocabulary(lm))
+        text_size = max(rows, len(text_tokenizer))
+        space = code_space(text_size, tokenizer, codec, backbone)
+        if code_loss == "vocabulary" and not space.in_vocabulary:
+            raise InputError(f"codes are no vocabulary of the backbone {backbone}: use 'slot'")
         check_causal_lm(lm)
-        lm.resize_token_embeddings(space.vocabulary_size, mean_resizing=False)
+        if space.vocabulary_size != rows:
+            lm.resize_token_embeddings(space.vocabulary_size, mean_resizing=False)
         config = UnifiedConfig(
             lm=lm.config.to_dict(),
             tokenizer=str(tokenizer),
@@ -82,14 +98,22 @@ class UnifiedModel(UnifiedBase):
             code_loss=code_loss,
             text_size=text_size,
             attention=lm.config._attn_implementation,
+            backbone=backbone,
+            tap=None if tap is None else str(tap),
+            tap_pool=pool_options(tap, codec),
+            accelerators=list(accelerators),
         )
-        return cls(config, tokenizer=tokenizer, codec=codec, lm=lm, text_tokenizer=text_tokenizer)
+        model = cls(
+            config, tokenizer=tokenizer, codec=codec, lm=lm, text_tokenizer=text_tokenizer, tap=tap
+        )
+        model.backbone.take_codes(model.embed_stream)
+        return model
 
     # Training
 
     def understanding_loss(
         self,
-        pixels: Float[Tensor, "b 3 h w"] | Float[Tensor, "b t d"],
+        pixels: Float[Tensor, "b 3 h w"] | Float[Tensor, "b t d"] | EncodedImages,
         questions: Sequence[Sequence[str]],
         answers: Sequence[Sequence[str]],
     ) -> LossOutput:
@@ -106,17 +130,17 @@ class UnifiedModel(UnifiedBase):
                 raise InputError(f"{len(asked)} questions came with {len(told)} answers")
             blocks.append(
                 [
-                    (self._question_ids(question), [*self._ids(answer), self._end()])
+                    (self._question_ids(question), self._answer_ids(answer))
                     for question, answer in zip(asked, told, strict=True)
                 ]
             )
         image, text = self._image_embeds(pixels), pack_text(blocks, self.tokenizer.device)
         self._check_length(image.shape[1] + int(text.lengths.max()), "the longest question")
-        return answer_loss(self.backbone, image, text)
+        return answer_loss(self.backbone, image, text, self._token_columns(image))
 
     def generation_loss(
         self,
-        pixels: Float[Tensor, "b 3 h w"] | Float[Tensor, "b t d"],
+        pixels: Float[Tensor, "b 3 h w"] | Float[Tensor, "b t d"] | EncodedImages,
         captions: Sequence[str],
     ) -> LossOutput:
         """Cross-entropy of the image's codes after the caption; an empty caption trains guidance.
@@ -160,7 +184,14 @@ class UnifiedModel(UnifiedBase):
         longest = image.shape[1] + int(text.lengths.max()) + max_new_tokens
         self._check_length(longest, "the longest question with its answer")
         end = self._end()
-        ids = write_answers(self.backbone, image, text, count=max_new_tokens, end=end).tolist()
+        ids = write_answers(
+            self.backbone,
+            image,
+            text,
+            count=max_new_tokens,
+            end=end,
+            columns=self._token_columns(image),
+        ).tolist()
         answers = [
             [self._decode(row, end) for row in rows[: len(asked)]]
             for rows, asked in zip(ids, nested, strict=True)
@@ -229,7 +260,7 @@ class UnifiedModel(UnifiedBase):
             self.backbone,
             self.layout,
             ids,
-            unconditional=self._caption_ids(""),
+            unconditional=[self._unconditional_ids(prompt) for prompt in ids],
             sampling=sampling,
             uniforms=noise(seeds, self.layout.tokens, codes_per_token),
             timings=timings,
@@ -268,6 +299,8 @@ class UnifiedModel(UnifiedBase):
         tensors = dict(self.tokenizer.state_dict(prefix="tokenizer."))
         if self.codec is not None:
             tensors |= self.codec.state_dict(prefix="codec.")
+        if self.understanding is not None:
+            tensors |= self.understanding.state_dict(prefix="understanding.")
         tensors |= plain_state(self.backbone)
         if dtype is not None:
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
@@ -283,6 +316,11 @@ class UnifiedModel(UnifiedBase):
 
     def export_causal_lm(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a plain causal LM that draws (one code per token only); see `export_plain_lm`."""
+        if "generation" in self.backbone.accelerators:
+            raise InputError(
+                f"a model that draws with {self.backbone.accelerators['generation']} is no plain "
+                "language model: keep it as a unified model"
+            )
         export_plain_lm(
             folder,
             lm=merged_lm(self.lm),
@@ -298,11 +336,16 @@ class UnifiedModel(UnifiedBase):
         pretrained_model_name_or_path: str | Path,
         *,
         config: UnifiedConfig | None = None,
+        codec: Path | str | None = None,
         dtype: torch.dtype | str = torch.float32,
         revision: str | None = None,
         **_ignored: Any,
     ) -> "UnifiedModel":
-        """Load a folder written by `save_pretrained`, or a hub id.
+        """Load a folder written by `save_pretrained`, a released unified model, or a hub id.
+
+        A released model comes dense; with `codec`, the folder of a plug-in trained around
+        the tokenizer in it, it comes compressed and is then to be trained in stage two. Save it to
+        have a folder that a recipe can `start` from.
 
         Weights come as float32 unless `dtype` says otherwise; further options, which `AutoModel`
         passes along, have no effect. Raises CheckpointError for damaged or foreign files.
@@ -311,12 +354,17 @@ class UnifiedModel(UnifiedBase):
         folder = fetch_folder(source, [CONFIG, WEIGHTS, *TEXT_FILES], revision=revision)
         if config is None:
             values = read_json(folder / CONFIG)
+            kind = values.get("model_type") if isinstance(values, dict) else None
+            if kind in releases.names():
+                return cls._from_release(kind, source, codec, dtype, revision)
             if (
                 not isinstance(values, dict)
                 or values.get("model_type") != cls.config_class.model_type
             ):
                 raise CheckpointError(f"{folder / CONFIG} does not describe a unicompress model")
             config = UnifiedConfig.from_dict(values)
+        if codec is not None:
+            raise InputError(f"{source} already says whether it compresses: leave out codec")
         tensors, notes = load_safetensors(folder / WEIGHTS)
         if notes.get("format") != FORMAT:
             raise CheckpointError(f"{folder / WEIGHTS} does not hold a unicompress model")
@@ -329,12 +377,42 @@ class UnifiedModel(UnifiedBase):
         load_part(model.backbone, "backbone", tensors, folder / WEIGHTS)
         if model.codec is not None:
             load_part(model.codec, "codec", tensors, folder / WEIGHTS)
+        if model.understanding is not None:
+            load_part(model.understanding, "understanding", tensors, folder / WEIGHTS)
+        return model._in(dtype)
+
+    @classmethod
+    def _from_release(
+        cls,
+        kind: str,
+        source: str | Path,
+        codec: Path | str | None,
+        dtype: torch.dtype | str,
+        revision: str | None,
+    ) -> "UnifiedModel":
+        release = releases.get(kind)().load(source, revision=revision)
+        model = cls.from_parts(
+            tokenizer=release.tokenizer,
+            codec=None if codec is None else ImageCodec.from_pretrained(codec, release.tokenizer),
+            lm=release.lm,
+            text_tokenizer=release.text_tokenizer,
+            projector=release.projector,
+            understanding_source=release.understanding_source,
+            backbone=release.backbone,
+            tap=release.tap,
+        )
+        own = model.codec is not None and "local" in model.codec.requantizer.codebooks
+        release.fill(model.backbone, own=own)
+        return model._in(dtype)
+
+    def _in(self, dtype: torch.dtype | str) -> "UnifiedModel":
+        """Ready for use, in a precision."""
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        nn.Module.to(model, wanted)  # the class's own decorates it for quantized models
-        return model.eval()
+        nn.Module.to(self, wanted)  # the class's own decorates it for quantized models
+        return self.eval()
 
 
-def _check_count(images: Tensor, texts: Sequence[Any], what: str) -> None:
+def _check_count(images: Tensor | EncodedImages, texts: Sequence[Any], what: str) -> None:
     if not len(images):
         raise InputError("there is no image: pass at least one")
     if isinstance(texts, str) or len(texts) != len(images):

@@ -1,19 +1,22 @@
 """The joined parts of a unified model, and what they make of an image and of a text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from unicompress.backbones.causal_lm import CausalLM
+from unicompress.backbones.base import Stream, backbones
 from unicompress.backbones.projectors import projectors
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import InputError
+from unicompress.feature_taps import FeatureTap, taps
 from unicompress.sequence import ImageLayout
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
+from unicompress.tokens import EncodedImages
+from unicompress.understanding import PooledTap
 from unicompress.unified_parts import UnifiedConfig, build_lm, code_space
 
 
@@ -35,6 +38,7 @@ class UnifiedBase(PreTrainedModel):
         codec: ImageCodec | None = None,
         lm: PreTrainedModel | None = None,
         text_tokenizer: PreTrainedTokenizerFast | None = None,
+        tap: FeatureTap | None = None,
     ):
         super().__init__(config)
         if tokenizer is None:
@@ -46,16 +50,24 @@ class UnifiedBase(PreTrainedModel):
         self.text_tokenizer = text_tokenizer
         self.tokenizer = tokenizer
         self.codec = codec
+        self.understanding: PooledTap | None = None
+        if tap is None and config.tap is not None:
+            tap = taps.build(config.tap)
+        if tap is not None:
+            self.understanding = PooledTap(tap, **(config.tap_pool or {}))
         quantized = config.understanding_source == "quantized"
-        self.backbone = CausalLM(
+        own = tokenizer.spec.code_dim if quantized else tokenizer.spec.dim
+        self.backbone: Any = backbones.build(
+            config.backbone,
             lm=lm,
-            space=code_space(config.text_size, tokenizer, codec),
+            space=code_space(config.text_size, tokenizer, codec, config.backbone),
             projector=projectors.build(
                 config.projector,
-                dim=tokenizer.spec.code_dim if quantized else tokenizer.spec.dim,
+                dim=own if tap is None else tap.spec.dim,
                 hidden=lm.get_input_embeddings().embedding_dim,
             ),
         )
+        self.accelerate(config.accelerators)
         self.tokenizer.requires_grad_(False)
         if self.codec is not None:
             self.codec.requires_grad_(False)
@@ -71,6 +83,14 @@ class UnifiedBase(PreTrainedModel):
         if self.codec is None:
             return ImageLayout(0, grid)
         return ImageLayout(self.codec.spec.global_count, grid.pooled(self.codec.spec.stride))
+
+    @property
+    def understanding_layout(self) -> ImageLayout:
+        """Places of the tokens of an image that is read, maybe by another encoder."""
+        if self.understanding is None:
+            return self.layout
+        grid = self.understanding.tap.spec.grid.pooled(self.understanding.stride)
+        return ImageLayout(self.understanding.global_count, grid)
 
     @property
     def tokens_per_image(self) -> int:
@@ -94,6 +114,15 @@ class UnifiedBase(PreTrainedModel):
         else:
             super().__setattr__(name, value)
 
+    def accelerate(self, specs: Sequence[str]) -> None:
+        """Let the language model's layers treat image tokens as these accelerators say.
+
+        Takes the place of those in use; they are saved with the model. See `accelerators/`.
+        """
+        if specs or self.config.accelerators:
+            self.backbone.accelerate(specs)
+        self.config.accelerators = list(specs)
+
     def use_decompressor(self, codec: ImageCodec) -> None:
         """Take over the decompressor of a plug-in that was refined after this model was trained.
 
@@ -111,6 +140,12 @@ class UnifiedBase(PreTrainedModel):
                 )
         self.codec.load_state_dict(other)
 
+    def embed_stream(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n e"]:
+        """Codes of one stream to the rows that the decompressor, or the host's decoder, reads."""
+        if self.codec is None or self.codec.spec.identity:
+            return self.tokenizer.embed(codes)
+        return self.codec.requantizer.embed(codes, stream, plain=False)
+
     def encode_image(
         self, pixels: Float[Tensor, "b 3 h w"] | Float[Tensor, "b t d"]
     ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b n c"]]:
@@ -119,11 +154,14 @@ class UnifiedBase(PreTrainedModel):
         Takes pixels in [-1, 1], or the tokenizer's dense tokens X if they have been computed.
         """
         dense = self._dense(pixels)
-        return self._features(dense), self._codes(dense)
+        return self._features(dense if self.understanding is None else pixels), self._codes(dense)
 
     @torch.no_grad()
-    def _dense(self, images: Tensor) -> Float[Tensor, "b t d"]:
-        spec = self.tokenizer.spec
+    def _dense(
+        self, images: Tensor, host: ImageTokenizer | FeatureTap | None = None
+    ) -> Float[Tensor, "b t d"]:
+        host = host or self.tokenizer
+        spec = host.spec
         height, width = (spec.image_size // spec.grid.rows * side for side in spec.grid)
         pixels = tuple(images.shape[1:]) == (3, height, width)
         if not pixels and tuple(images.shape[1:]) != (spec.grid.length, spec.dim):
@@ -136,12 +174,22 @@ class UnifiedBase(PreTrainedModel):
                 "images must be at least one picture of floats in [-1, 1], got "
                 f"{list(images.shape)} of {images.dtype}"
             )
-        images = images.to(self.tokenizer.device, next(self.tokenizer.parameters()).dtype)
+        images = images.to(host.device, next(host.parameters()).dtype)
         with self._exact():
-            return self.tokenizer.encode(images) if pixels else images
+            return host.encode(images) if pixels else images
+
+    def _features(self, images: Tensor | EncodedImages) -> Float[Tensor, "b n d"]:
+        if isinstance(images, EncodedImages):
+            if self.understanding is not None:
+                raise InputError("an encoder that reads by itself needs pixels, not packed images")
+            return images.features
+        if self.understanding is not None:  # its pooler learns, the rest is frozen
+            return self.understanding(self._dense(images, self.understanding.tap))
+        return self._shared_features(images)
 
     @torch.no_grad()
-    def _features(self, images: Tensor) -> Float[Tensor, "b n d"]:
+    def _shared_features(self, images: Tensor) -> Float[Tensor, "b n d"]:
+        """What understanding and generation have in common: the tokenizer's field."""
         dense = self._dense(images)
         quantized = self.config.understanding_source == "quantized"
         with self._exact():
@@ -151,7 +199,9 @@ class UnifiedBase(PreTrainedModel):
             return self.codec.quantize(tokens)[1] if quantized else tokens.sequence
 
     @torch.no_grad()
-    def _codes(self, images: Tensor) -> Int[Tensor, "b n c"]:
+    def _codes(self, images: Tensor | EncodedImages) -> Int[Tensor, "b n c"]:
+        if isinstance(images, EncodedImages):
+            return images.codes
         dense = self._dense(images)
         with self._exact():
             if self.codec is None:
@@ -162,17 +212,24 @@ class UnifiedBase(PreTrainedModel):
         """No autocast: rounding would turn codes into others."""
         return torch.autocast(self.tokenizer.device.type, enabled=False)
 
-    def _image_embeds(self, images: Tensor) -> Float[Tensor, "b l h"]:
-        """The image as understanding sees it, after the text's own start token if it has one."""
-        layout = self.layout
+    def _image_embeds(self, images: Tensor | EncodedImages) -> Float[Tensor, "b l h"]:
+        """The image as understanding sees it, after what opens a prompt (a start token, a role)."""
+        layout = self.understanding_layout
         features = self._features(images).to(next(self.backbone.projector.parameters()).dtype)
         globals_, locals_ = features.split([layout.global_count, layout.local_count], dim=1)
         projected = self.backbone.embed_features(globals_, locals_, layout.grid)
         delimiters = self.backbone.delimiters()
         embeds = layout.arrange(delimiters, projected.to(delimiters))  # autocast may have narrowed
-        start = torch.tensor([self._start()], dtype=torch.long, device=embeds.device)
+        ids = [*self._start(), *self._ids(self.backbone.prompts.opening)]
+        start = torch.tensor([ids], dtype=torch.long, device=embeds.device)
         opening = self.backbone.embed_text(start.expand(len(embeds), -1))
         return torch.cat([opening.to(embeds), embeds], dim=1)
+
+    def _token_columns(self, image: Tensor) -> Bool[Tensor, " l"]:
+        """Which of `_image_embeds` are tokens of the image: not its delimiters, nor what opens."""
+        layout = self.understanding_layout
+        opening = torch.zeros(image.shape[1] - layout.length, dtype=torch.bool)
+        return torch.cat([opening, layout.token_columns])
 
     # Text
 
@@ -188,14 +245,32 @@ class UnifiedBase(PreTrainedModel):
         return [] if start is None else [start]
 
     def _ids(self, text: str) -> list[int]:
-        return self.text(text, add_special_tokens=False)["input_ids"]
+        return self.text(text, add_special_tokens=False)["input_ids"] if text else []
 
     def _question_ids(self, question: str) -> list[int]:
-        """Question and line break as separate tokens, so that the answer never merges with them."""
-        return self._ids(question) + self._ids("\n")
+        """Question and what follows it, in parts, so that the answer never merges with them."""
+        parts = self.backbone.prompts.question
+        return [i for part in parts for i in self._ids(part.format(question))]
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        return [*self._ids(self.backbone.prompts.answer.format(answer)), self._end()]
 
     def _caption_ids(self, caption: str) -> list[int]:
-        return [*self._start(), *self._ids(caption)]
+        """An empty caption gives guidance's unconditional prompt."""
+        prompts = self.backbone.prompts
+        full = [*self._start(), *self._ids(prompts.caption.format(caption))]
+        return full if caption else self._unconditional_ids(full)
+
+    def _unconditional_ids(self, prompt: list[int]) -> list[int]:
+        """What guidance contrasts a prompt with: a fixed text, or padding in place of its words."""
+        fixed = self.backbone.prompts.unconditional
+        if fixed is not None:
+            return [*self._start(), *self._ids(fixed)]
+        padding = self.text.pad_token_id
+        if padding is None:
+            raise InputError("the text tokenizer has no padding token: set its pad_token")
+        kept = len(self._start())
+        return [*prompt[:kept], *[int(padding)] * (len(prompt) - kept)]
 
     def _end(self) -> int:
         end = self.text.eos_token_id
@@ -211,8 +286,9 @@ class UnifiedBase(PreTrainedModel):
             )
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Projector, language model, special embeddings and depth heads, unless switched off."""
-        return (p for p in self.backbone.parameters() if p.requires_grad)
+        """Backbone with projector and heads, and the pooler of a second encoder, if switched on."""
+        parts = [self.backbone, *([] if self.understanding is None else [self.understanding])]
+        return (p for part in parts for p in part.parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> "UnifiedBase":
         """Switch the trained parts; tokenizer and codec stay in evaluation mode."""

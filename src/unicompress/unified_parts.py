@@ -1,6 +1,7 @@
 """What a unified model is built from and stored as: its configuration, vocabulary and weights."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from unicompress.backbones.base import CodeSpace
-from unicompress.backbones.causal_lm import CausalLM
+from unicompress.backbones.base import Backbone, CodeSpace, backbones
 from unicompress.checkpoint import load_into
 from unicompress.codec import ImageCodec
 from unicompress.errors import CheckpointError, InputError
+from unicompress.feature_taps import FeatureTap
 from unicompress.tokenizers.base import ImageTokenizer
 
 SOURCES = ("continuous", "quantized")
@@ -36,6 +37,10 @@ class UnifiedConfig(PreTrainedConfig):
         code_loss: str = "slot",
         text_size: int = 0,
         attention: str = "sdpa",
+        backbone: str = "causal_lm",  # spec of the backbone, as in `backbones.build`
+        tap: str | None = None,  # spec of a separate understanding encoder
+        tap_pool: dict[str, Any] | None = None,  # options of PooledTap
+        accelerators: Sequence[str] = (),  # specs, as in `accelerators.build`
         **common: Any,  # what every Hugging Face configuration has
     ):
         self.lm = lm
@@ -46,17 +51,46 @@ class UnifiedConfig(PreTrainedConfig):
         self.code_loss = code_loss
         self.text_size = text_size
         self.attention = attention
+        self.backbone = backbone
+        self.tap = tap
+        self.tap_pool = tap_pool
+        self.accelerators = list(accelerators)
         super().__init__(**common)
 
 
-def code_space(text_size: int, tokenizer: ImageTokenizer, codec: ImageCodec | None) -> CodeSpace:
+def backbone_class(spec: str) -> type[Backbone]:
+    """The class behind a backbone's spec."""
+    return backbones.get(spec.partition("(")[0])
+
+
+def code_space(
+    text_size: int,
+    tokenizer: ImageTokenizer,
+    codec: ImageCodec | None,
+    backbone: str = "causal_lm",
+) -> CodeSpace:
     """The vocabulary of a model; a codec with its own codebooks has one range per stream."""
+    inside = backbone_class(backbone).codes_in_vocabulary
     depth, size = tokenizer.spec.codes_per_token, tokenizer.spec.codebook_size
     kinds = {codec.spec.global_codebook, codec.spec.local_codebook} if codec else set()
     if codec is None or codec.spec.identity or kinds == {"shared"}:
-        return CodeSpace(text_size, depth, size)
+        return CodeSpace(text_size, depth, size, in_vocabulary=inside)
     global_size, local_size = codec.codebook_sizes
-    return CodeSpace(text_size, depth, local_size, global_size if codec.spec.global_count else 0)
+    own = global_size if codec.spec.global_count else 0
+    return CodeSpace(text_size, depth, local_size, own, in_vocabulary=inside)
+
+
+def pool_options(tap: FeatureTap | None, codec: ImageCodec | None) -> dict[str, Any] | None:
+    """How a separate understanding encoder is pooled: at the rate and in the way of the codec."""
+    if tap is None or codec is None:
+        return None if tap is None else {}
+    spec = codec.spec
+    return {
+        "stride": spec.stride,
+        "global_count": spec.global_count,
+        "compressor": spec.compressor,
+        "global_kind": spec.global_kind,
+    }
 
 
 def check_options(
@@ -102,7 +136,7 @@ def merged_lm(lm: Any) -> PreTrainedModel:
     return copy.deepcopy(lm).merge_and_unload() if hasattr(lm, "merge_and_unload") else lm
 
 
-def plain_state(backbone: CausalLM) -> dict[str, Tensor]:
+def plain_state(backbone: Any) -> dict[str, Tensor]:
     """Weights of a backbone by the names they have without adapter; tied ones once."""
     lm = merged_lm(backbone.lm)
     tied = tied_names(lm)
@@ -110,6 +144,8 @@ def plain_state(backbone: CausalLM) -> dict[str, Tensor]:
     for name, child in backbone.named_children():
         if name != "lm":
             own |= child.state_dict(prefix=f"backbone.{name}.")
+    for name, parameter in backbone.named_parameters(recurse=False):
+        own[f"backbone.{name}"] = parameter.detach()
     return own
 
 

@@ -3,11 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from unicompress.accelerators.base import ImageColumns
+from unicompress.registry import Family, Member
 from unicompress.tokens import Grid
 
 Stream = Literal["global", "local"]
@@ -19,13 +21,15 @@ Choose = Callable[[Tensor, int], Tensor]
 class CodeSpace:
     """Which entries of the vocabulary stand for what: text, then BOS, SEP, EOS, then the codes.
 
-    With several codes per token the codes have tables of their own and are no vocabulary.
+    With several codes per token the codes have tables of their own and are no vocabulary. In a
+    released model neither codes nor delimiters are (`in_vocabulary` False): its vocabulary is text.
     """
 
     text_size: int
     codes_per_token: int  # D
     local_size: int  # K of the local codes
     global_size: int = 0  # K_g of a separate codebook for the globals; 0: they share the local one
+    in_vocabulary: bool = True
 
     @property
     def begin(self) -> int:
@@ -40,6 +44,8 @@ class CodeSpace:
     @property
     def vocabulary_size(self) -> int:
         """Entries in all."""
+        if not self.in_vocabulary:
+            return self.text_size
         codes = self.local_size + self.global_size if self.codes_per_token == 1 else 0
         return self.first_code + codes
 
@@ -53,16 +59,38 @@ class CodeSpace:
         return self.first_code + (self.local_size if separate else 0)
 
 
-class Backbone(nn.Module, ABC):
+@dataclass(frozen=True)
+class Prompts:
+    """What a language model was trained to see around image, question, answer and caption.
+
+    Formats with one `{}`; the parts of `question` are tokenized apart.
+    """
+
+    opening: str = ""  # between the text's start token and an image that is read
+    question: tuple[str, ...] = ("{}", "\n")
+    answer: str = "{}"
+    caption: str = "{}"
+    unconditional: str | None = (
+        ""  # guidance's prompt; None: the same prompt, blotted out by padding
+    )
+
+
+class Backbone(nn.Module, Member, ABC):
     """A language model with a way in for features and codes, and a way out for codes.
 
     `forward` gives hidden states; logits are asked for only where they are needed, because the
-    vocabulary is the widest part of a small model.
+    vocabulary is the widest part of a small model. A member takes `lm`, `space` and `projector`,
+    and keeps further options keyword-only.
     """
 
+    codes_in_vocabulary: ClassVar[bool] = False
+    prompts: ClassVar[Prompts] = Prompts()
     space: CodeSpace
     hidden_size: int
     max_positions: int
+
+    def take_codes(self, embed: Callable[[Tensor, Stream], Tensor]) -> None:
+        """Learn how the image model embeds codes [b n c]; only some models read codes so."""
 
     @abstractmethod
     def embed_text(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l h"]:
@@ -89,8 +117,12 @@ class Backbone(nn.Module, ABC):
         mask: Bool[Tensor, "b 1 l k"] | None,
         positions: Int[Tensor, "b l"],
         cache: Any = None,
+        image: ImageColumns | None = None,
     ) -> Float[Tensor, "b l h"]:
-        """Hidden states; `mask` None means plainly causal; keys and values are added to `cache`."""
+        """Hidden states; `mask` None means plainly causal; keys and values are added to `cache`.
+
+        `image` says which keys are image tokens, for accelerators; None runs without them.
+        """
 
     @abstractmethod
     def new_cache(self, length: int) -> Any:
@@ -117,3 +149,6 @@ class Backbone(nn.Module, ABC):
         self, hidden: Float[Tensor, "b h"], stream: Stream, choose: Choose
     ) -> Int[Tensor, "b c"]:
         """The codes of one token, chosen one after the other."""
+
+
+backbones: Family[Backbone] = Family("backbone", home="unicompress.backbones")

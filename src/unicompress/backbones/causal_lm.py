@@ -1,6 +1,7 @@
 """Any Hugging Face causal language model as a backbone."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,7 +10,22 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from unicompress.backbones.base import Backbone, Choose, CodeSpace, Stream
+from unicompress.accelerators.base import (
+    TEXT,
+    Accelerator,
+    ImageColumns,
+    Mode,
+    Task,
+    build_accelerators,
+)
+from unicompress.accelerators.decoder import (
+    additive,
+    check_decoder,
+    image_projections,
+    is_eager,
+    walk,
+)
+from unicompress.backbones.base import Backbone, Choose, CodeSpace, Stream, backbones
 from unicompress.backbones.projectors import Projector
 from unicompress.errors import InputError
 from unicompress.layers import Block
@@ -27,14 +43,8 @@ def run_trunk(
 ) -> Float[Tensor, "b l h"]:
     """Everything of a language model but its head, under a mask of ours."""
     trunk: Any = lm.base_model
-    if mask is not None and trunk.config._attn_implementation == "eager":
-        # Eager attention adds its mask, others take a boolean one. Under autocast the scores have
-        # autocast's type, and a wider mask would widen them.
-        kind = embeds.device.type
-        narrow = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if narrow else trunk.dtype
-        hidden = torch.zeros_like(mask, dtype=dtype)
-        mask = hidden.masked_fill_(~mask, torch.finfo(dtype).min)
+    if mask is not None and is_eager(trunk):
+        mask = additive(mask, embeds, trunk.dtype)
     return trunk(
         inputs_embeds=embeds,
         attention_mask=mask,
@@ -171,6 +181,7 @@ class DepthHead(nn.Module):
         return codes
 
 
+@backbones.register("causal_lm")
 class CausalLM(Backbone):
     """Wraps `lm`, whose vocabulary already has the size that `space` asks for.
 
@@ -178,11 +189,16 @@ class CausalLM(Backbone):
     and depth heads of their own, one set for each codebook.
     """
 
-    def __init__(self, *, lm: PreTrainedModel, space: CodeSpace, projector: Projector):
+    codes_in_vocabulary: ClassVar[bool] = True
+
+    def __init__(self, lm: PreTrainedModel, space: CodeSpace, projector: Projector):
         super().__init__()
         self.lm = lm
         self.space = space
         self.projector = projector
+        self.accelerators: dict[Task, Accelerator] = {}
+        self.plans: dict[Task, tuple[Mode, ...]] = {}
+        self.image_projections = nn.ModuleDict()
         entries = vocabulary(lm)
         self.hidden_size = entries.shape[1]
         self.max_positions = int(getattr(lm.config, "max_position_embeddings", 2**31))
@@ -193,7 +209,7 @@ class CausalLM(Backbone):
             )
         self.tables = nn.ModuleDict()
         self.heads: Any = nn.ModuleDict()
-        if space.codes_per_token > 1:
+        if space.in_vocabulary and space.codes_per_token > 1:
             width = min(self.hidden_size, 512)
             for stream in STREAMS if space.global_size else STREAMS[1:]:
                 size = space.size(stream)
@@ -203,6 +219,20 @@ class CausalLM(Backbone):
                 self.heads[stream] = DepthHead(
                     hidden=self.hidden_size, codes=space.codes_per_token, size=size, width=width
                 )
+
+    def accelerate(self, specs: Sequence[str]) -> None:
+        """Use these accelerators and no others, such as `himix` or `hmgen(count=2)`.
+
+        Projections of their own start as copies of the language model's. Raises InputError for
+        two of one task, for too few layers, and for layers of another kind than Llama's.
+        """
+        members = build_accelerators(specs)
+        if members:
+            check_decoder(self.inner)
+        count = self.inner.config.get_text_config().num_hidden_layers
+        self.accelerators = members
+        self.plans = {task: member.plan(count) for task, member in members.items()}
+        self.image_projections = nn.ModuleDict(image_projections(self.inner, members))
 
     @property
     def inner(self) -> PreTrainedModel:
@@ -227,7 +257,7 @@ class CausalLM(Backbone):
 
     def embed_codes(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n h"]:
         """Codes as vocabulary entries, or the sum of table entries."""
-        if self.space.codes_per_token == 1:
+        if not self.tables:
             return self.embed_text(codes[..., 0] + self.space.first(stream))
         return self.tables[self._codebook(stream)](codes)
 
@@ -237,9 +267,15 @@ class CausalLM(Backbone):
         mask: Bool[Tensor, "b 1 l k"] | None,
         positions: Int[Tensor, "b l"],
         cache: Any = None,
+        image: ImageColumns | None = None,
     ) -> Float[Tensor, "b l h"]:
         """Hidden states after the last norm."""
-        return run_trunk(self.inner, embeds, mask, positions, cache)
+        if image is None or image.task not in self.accelerators:
+            return run_trunk(self.inner, embeds, mask, positions, cache)
+        name = self.accelerators[image.task].projections
+        own: Any = None if name == TEXT else self.image_projections[name]
+        plan = self.plans[image.task]
+        return walk(self.inner, plan, own, embeds, mask, positions, image.keys, cache)
 
     def new_cache(self, length: int) -> Cache:
         """Reserved keys and values of every layer."""
@@ -264,7 +300,7 @@ class CausalLM(Backbone):
         self, hidden: Float[Tensor, "*b h"], codes: Int[Tensor, "*b c"], stream: Stream
     ) -> Float[Tensor, "*b c v"]:
         """Scores of every code of a token, each given the true codes before it in the token."""
-        if self.space.codes_per_token == 1:
+        if not self.heads:
             return self._single_logits(hidden, stream)[..., None, :]
         head = self.heads[self._codebook(stream)]
         flat = head(hidden.flatten(0, -2), codes.flatten(0, -2))
@@ -274,7 +310,7 @@ class CausalLM(Backbone):
         self, hidden: Float[Tensor, "b h"], stream: Stream, choose: Choose
     ) -> Int[Tensor, "b c"]:
         """The codes of one token, chosen one after the other."""
-        if self.space.codes_per_token == 1:
+        if not self.heads:
             return choose(self._single_logits(hidden, stream), 0)[:, None]
         return self.heads[self._codebook(stream)].sample(hidden, choose)
 

@@ -1,5 +1,6 @@
 """The way from the image's token field into the language model (understanding)."""
 
+import itertools
 from abc import ABC, abstractmethod
 
 import torch
@@ -92,3 +93,30 @@ class LocalProjector(Projector):
         places = position_features(grid_coordinates(grid), self.width).to(locals_)
         mixed = self.project(self.norm(field.flatten(2).transpose(1, 2))) + self.positions(places)
         return torch.cat([self.project_globals(self.global_norm(globals_)), mixed], dim=1)
+
+
+@projectors.register("mlp")
+class MLPProjector(Projector):
+    """Linear maps with GELU between them, as in LLaVA, Janus and VILA-U; first normed in UniTok."""
+
+    def __init__(self, *, dim: int, hidden: int, depth: int = 2, normed: bool = False):
+        super().__init__(dim=dim, hidden=hidden)
+        self.depth = depth
+        self.normed = normed
+        self.norm = nn.LayerNorm(dim) if normed else nn.Identity()
+        widths = [dim, *[hidden] * depth]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+
+    def forward(
+        self, globals_: Float[Tensor, "b g d"], locals_: Float[Tensor, "b m d"], grid: Grid
+    ) -> Float[Tensor, "b n h"]:
+        """Projected tokens, globals first."""
+        return self.project(torch.cat([globals_, locals_], dim=1))
+
+    def project(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
+        """Tokens of either stream."""
+        first, *rest = self.layers
+        tokens = first(self.norm(tokens))
+        for layer in rest:
+            tokens = layer(nn.functional.gelu(tokens))
+        return tokens

@@ -61,7 +61,15 @@ class StreamData(Strict):
         return self
 
 
-Data = Annotated[SceneData | EasyVQAData | StreamData, Field(discriminator="kind")]
+class PackedData(Strict):
+    """A folder that `unicompress pack` wrote: images encoded once, for stage two only."""
+
+    kind: Literal["packed"]
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+
+
+Data = Annotated[SceneData | EasyVQAData | StreamData | PackedData, Field(discriminator="kind")]
 
 
 class LoopRecipe(Strict):
@@ -72,6 +80,7 @@ class LoopRecipe(Strict):
     steps: int = Field(gt=0)  # optimiser steps
     batch: int = Field(gt=0)  # samples per optimiser step, over all processes and micro-batches
     accumulate: int = Field(default=1, gt=0)  # micro-batches per optimiser step
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for linear layers, adamw for the rest
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.01, ge=0)  # of matrices only
@@ -144,7 +153,8 @@ class TokenizerRecipe(LoopRecipe):
 class StageOneRecipe(LoopRecipe):
     """Trains the plug-in around a frozen tokenizer."""
 
-    tokenizer: str  # folder, or name on the hub
+    tokenizer: str  # folder, or name on the hub, or a registered name with a checkpoint
+    checkpoint: str | None = None  # of a tokenizer by its name: file, folder or name on the hub
     preset: str = "default"
     codec: dict[str, Any] = Field(default_factory=dict)  # fields of CodecSpec that differ from it
     random_rate: bool = False  # train all strides of the codec, and prefixes of G if nested
@@ -187,12 +197,15 @@ class StageTwoRecipe(LoopRecipe):
     """Trains the language model on understanding and generation with a frozen tokenizer stack."""
 
     start: str | None = None  # a unified model (folder or hub name) to train on, instead of parts
-    tokenizer: str | None = None  # folder, or name on the hub
+    tokenizer: str | None = None  # folder, or name on the hub, or a registered name
+    checkpoint: str | None = None  # of a tokenizer by its registered name
     codec: str | None = None  # likewise; None trains the dense model
     lm: LanguageModelRecipe | None = None
     lora: LoraRecipe | None = None
     projector: str = "local"  # or linear; options as in local(width=64, depth=2)
+    accelerators: tuple[str, ...] = ()  # himix, hmgen(count=2), withdrawal(after=4); one a task
     understanding_source: Literal["continuous", "quantized"] = "continuous"
+    code_loss: Literal["slot", "vocabulary"] = "slot"  # vocabulary: an export draws unaided
     understanding_share: float = Field(default=0.5, ge=0, le=1)  # of the samples of a batch
     understanding_weight: float = Field(default=1.0, ge=0)  # of its loss
     generation_weight: float = Field(default=1.0, ge=0)
@@ -228,13 +241,49 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = ()) -> R:
+SECTIONS = ("stage-one", "stage-two", "fine-tune")  # a file may hold several stages
+
+
+def sections(path: Path | str) -> list[str]:
+    """The stages that a recipe file holds; none where the file is one stage's."""
+    return [name for name in _read(path)[0] if name in SECTIONS]
+
+
+def load_recipe(
+    model: type[R],
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    section: str | None = None,
+) -> R:
     """Read a recipe and apply `dotted.key=value` overrides (values are YAML).
 
-    Raises RecipeError, in one line, for an unreadable file, an unknown key (naming the nearest
-    valid one), a value outside its range or a missing one.
+    A file may hold several stages as sections: `section` says which, and `file.yaml#section` says
+    it for good. Raises RecipeError, in one line, for an unreadable file, an unknown key (naming the
+    nearest valid one), a value outside its range or a missing one.
     """
-    path = Path(path)
+    values, named = _read(path)
+    if any(name in SECTIONS for name in values):
+        section = named or section
+        if section not in values:
+            held = ", ".join(values)
+            raise RecipeError(f"{path} has no section {section!r}, only {held}: write {path}#NAME")
+        values = values[section]
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path}: the section {section} must hold `key: value` lines")
+    elif named:
+        raise RecipeError(f"{path}: the file is a single stage's, it has no sections")
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(model, values, str(path))
+
+
+def _read(path: Path | str) -> tuple[dict[str, Any], str]:
+    """The values of a file, and the section that follows a # in its name."""
+    name, _, section = str(path).rpartition("#")
+    if section not in SECTIONS:
+        name, section = str(path), ""
+    path = Path(name)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except OSError as error:
@@ -244,9 +293,7 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = ())
         raise RecipeError(f"{path} is not a YAML file: {reason}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a recipe: it must hold `key: value` lines")
-    for override in overrides:
-        _apply(values, override)
-    return parse_recipe(model, values, str(path))
+    return values, section
 
 
 def parse_recipe(model: type[R], values: Mapping[str, Any], source: str) -> R:
@@ -331,7 +378,7 @@ def _one_line(model: type[BaseModel], problem: Any, source: str) -> str:
     return f"{source}: {where}: {message}, got {problem['input']!r}"
 
 
-_KINDS = ("scenes", "easy_vqa", "stream")  # tags that pydantic puts into an error's place
+_KINDS = ("scenes", "easy_vqa", "stream", "packed")  # tags that pydantic puts into an error's place
 
 
 def _known_keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
@@ -340,6 +387,7 @@ def _known_keys(model: type[BaseModel], place: Sequence[int | str]) -> list[str]
         "scenes": SceneData,
         "easy_vqa": EasyVQAData,
         "stream": StreamData,
+        "packed": PackedData,
     }
     for part in place:
         if part in kinds:

@@ -24,11 +24,15 @@ def train(
     if stage == "stage-one":
         from unicompress.training.stage_one import train_stage_one
 
-        return train_stage_one(load_recipe(StageOneRecipe, path, overrides), resume=resume)
+        return train_stage_one(
+            load_recipe(StageOneRecipe, path, overrides, section=stage), resume=resume
+        )
     if stage == "stage-two":
         from unicompress.training.stage_two import train_stage_two
 
-        return train_stage_two(load_recipe(StageTwoRecipe, path, overrides), resume=resume)
+        return train_stage_two(
+            load_recipe(StageTwoRecipe, path, overrides, section=stage), resume=resume
+        )
     raise InputError(f"unknown stage {stage!r}: use one of {', '.join(STAGES)}")
 
 

@@ -6,14 +6,19 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from unicompress.data.scenes import Scenes, phrases
 from unicompress.errors import RecipeError
 from unicompress.training.feed import Place, seed_of
 from unicompress.training.outside import EasyVQASource, StreamSource
-from unicompress.training.recipe import Data, EasyVQAData, SceneData
+from unicompress.training.packed import PackedSample, PackedSource
+from unicompress.training.recipe import Data, EasyVQAData, PackedData, SceneData
 from unicompress.training.sample import Sample, Source
+
+SMALLEST = 32  # pixels a scene can be drawn with; toy hosts get it shrunk
 
 
 class SceneSource(Source):
@@ -22,16 +27,24 @@ class SceneSource(Source):
     captioned = questioned = True
 
     def __init__(self, *, size: int, seed: int = 0, questions: int = 0, split: str = "train"):
-        self.scenes = Scenes(split, seed=seed, size=size, questions_per_image=questions)
+        self.size = size
+        rendered = max(size, SMALLEST)
+        self.scenes = Scenes(split, seed=seed, size=rendered, questions_per_image=questions)
 
     def at(self, index: int) -> Sample:
         sample = self.scenes[index]
         return Sample(
-            pixels=sample.pixels,
+            pixels=_shrunk(sample.pixels, self.size),
             caption=sample.caption,
             phrases=tuple(phrases(sample.scene)),
             questions=tuple((question.text, question.answer) for question in sample.questions),
         )
+
+
+def _shrunk(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    if len(pixels) == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX))
 
 
 class Mixture:
@@ -99,11 +112,15 @@ def _source(entry: Data, *, size: int, seed: int, place: Place, questions: int) 
         )
     if isinstance(entry, EasyVQAData):
         return EasyVQASource(size=size, seed=seed, questions=questions)
+    if isinstance(entry, PackedData):
+        return PackedSource(entry.path, questions=questions)
     return StreamSource(entry, size=size, seed=seed, place=place, questions=questions)
 
 
 def to_pixels(samples: Sequence[Sample]) -> Float[Tensor, "b 3 h w"]:
-    """The samples' images in [-1, 1]."""
+    """The samples' images in [-1, 1]; RecipeError for packed ones, which have no pixels."""
+    if any(isinstance(sample, PackedSample) for sample in samples):
+        raise RecipeError("packed data hold no pixels: only stage two can train on them")
     images = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
     return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 

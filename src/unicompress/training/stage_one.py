@@ -94,7 +94,7 @@ class StageOne(Objective[ImageBatch]):
 def train_stage_one(recipe: StageOneRecipe, *, resume: bool = False) -> LoopResult:
     """Run the stage; a complete run leaves the plug-in in `<out>/final`, the host as it was."""
     spec = codec_spec(recipe)
-    host = load_tokenizer(recipe.tokenizer).freeze()
+    host = load_tokenizer(recipe.tokenizer, recipe.checkpoint).freeze()
     codec = build_codec(host, spec, recipe)
     size = host.spec.image_size
     stage = StageOne(codec, recipe)

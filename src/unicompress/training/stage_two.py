@@ -12,10 +12,12 @@ from torch import Tensor
 from unicompress.codec import ImageCodec
 from unicompress.losses import LossOutput
 from unicompress.tokenizers.io import load_tokenizer
+from unicompress.tokens import EncodedImages
 from unicompress.training.feed import Batch, Batches, Place, seed_of, shares
 from unicompress.training.language import add_lora, language_model
 from unicompress.training.loop import LoopResult, Objective, fit
-from unicompress.training.recipe import SceneData, StageTwoRecipe
+from unicompress.training.packed import check_packed, to_images
+from unicompress.training.recipe import PackedData, SceneData, StageTwoRecipe
 from unicompress.training.samples import Mixture, Sample, mixture, to_pixels
 from unicompress.unified import DESCRIBE, UnifiedModel
 
@@ -27,10 +29,12 @@ CHUNK = 16  # images in a validation batch
 class UnifiedBatch(Batch):
     """Images with questions about them, and other images with the captions to draw them from."""
 
-    read: Tensor | None  # [b, 3, h, w] in [-1, 1]; None where the recipe or the split leaves none
+    read: (
+        Tensor | EncodedImages | None
+    )  # [b, 3, h, w] in [-1, 1]; None where the recipe or the split leaves none
     questions: list[list[str]]
     answers: list[list[str]]
-    drawn: Tensor | None
+    drawn: Tensor | EncodedImages | None
     captions: list[str]
 
     def to(self, device: torch.device) -> "UnifiedBatch":
@@ -81,13 +85,17 @@ class UnifiedBatches(Batches[UnifiedBatch]):
         pairs = [question_pairs(sample, self.recipe.describe) for sample in reading]
         batch = UnifiedBatch(
             step=step,
-            read=to_pixels(reading) if reading else None,
+            read=self._images(reading) if reading else None,
             questions=[[question for question, _ in own] for own in pairs],
             answers=[[answer for _, answer in own] for own in pairs],
-            drawn=to_pixels(drawing) if drawing else None,
+            drawn=self._images(drawing) if drawing else None,
             captions=[self._caption(s, i) for s, i in zip(drawing, indices, strict=True)],
         )
         return replace(batch, counts=self._counts(batch))
+
+    def _images(self, samples: list[Sample]) -> Tensor | EncodedImages:
+        packed = any(isinstance(entry, PackedData) for entry in self.recipe.data)
+        return to_images(samples) if packed else to_pixels(samples)
 
     def _caption(self, sample: Sample, index: int) -> str:
         draw = np.random.default_rng(seed_of(self.recipe.seed, index, 4)).random()
@@ -171,6 +179,7 @@ class StageTwo(Objective[UnifiedBatch]):
 def train_stage_two(recipe: StageTwoRecipe, *, resume: bool = False) -> LoopResult:
     """Run the stage; a complete run leaves the whole model in `<out>/final`."""
     model = build_model(recipe)
+    check_packed([entry.path for entry in recipe.data if isinstance(entry, PackedData)], model)
     size = model.tokenizer.spec.image_size
     result = fit(
         StageTwo(model, recipe),
@@ -188,12 +197,14 @@ def build_model(recipe: StageTwoRecipe) -> UnifiedModel:
     if recipe.start is not None:
         model: UnifiedModel = UnifiedModel.from_pretrained(recipe.start)
         model = model.float().train()
+        if recipe.accelerators:
+            model.accelerate(recipe.accelerators)
         if recipe.lora is not None:
             add_lora(model, recipe.lora)
         return model
     assert recipe.tokenizer is not None  # the recipe checks both
     assert recipe.lm is not None
-    tokenizer = load_tokenizer(recipe.tokenizer).freeze()
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.checkpoint).freeze()
     codec = None if recipe.codec is None else ImageCodec.from_pretrained(recipe.codec, tokenizer)
     lm, text = language_model(recipe.lm, recipe.data, seed=recipe.seed)
     with torch.random.fork_rng():
@@ -205,6 +216,8 @@ def build_model(recipe: StageTwoRecipe) -> UnifiedModel:
             text_tokenizer=text,
             projector=recipe.projector,
             understanding_source=recipe.understanding_source,
+            code_loss=recipe.code_loss,
+            accelerators=recipe.accelerators,
         )
         if recipe.lora is not None:
             add_lora(model, recipe.lora)
