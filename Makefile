@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 OUT ?= demo
+JOBS ?= auto
 
 # Byte-compiling what is never imported would take longer than the rest of an install.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile --quiet
@@ -26,7 +27,7 @@ demo: $(VENV)/demo.stamp
 	@$(BIN)/unicompress demo --out "$(OUT)"
 
 test: $(VENV)/test.stamp
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 check: $(VENV)/test.stamp
 	@$(BIN)/ruff check .
@@ -64,7 +65,7 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
 	@echo "installing unicompress and what the tests need"
-	@$(PIP) "torch==$(TORCH)" -e ".[demo,train,eval-light,dev]"
+	@$(PIP) "torch==$(TORCH)" -e ".[demo,train,eval-light,hosts,dev]"
 	@touch $@
 
 # The reference experiment: tokenizer, plug-in, both language models, and their evaluation. Hours on two
