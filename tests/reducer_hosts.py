@@ -48,9 +48,9 @@ class Tiny:
     pixels: str = "pixel_values"
 
     def prompt(self, texts: list[list[int]], images: list[int], seed: int = 0) -> dict[str, Tensor]:
-        """Left-padded prompts: token 3, the images of the row, its text."""
+        """Left-padded prompts: the images of the row, each after token 3, then its text."""
         rows = [
-            [3, *[IMAGE] * (self.tokens * count), *text]
+            [3, *[IMAGE] * self.tokens] * count + text
             for text, count in zip(texts, images, strict=True)
         ]
         width = max(map(len, rows))

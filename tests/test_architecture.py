@@ -13,7 +13,7 @@ HOUSE = """
 errors
 tokens registry checkpoint codebook hub decompressor_heads engine
 layers accelerators
-tokenizers global_tokens compressors decompressors backbones
+tokenizers global_tokens compressors decompressors backbones reducers
 codec_spec sequence
 requantize
 codec_loss codec_stages

@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from torch import Tensor
 
 from unicompress.checkpoint import fingerprint, save_safetensors
+from unicompress.cli import app
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import CheckpointError, InputError, MissingDependencyError
 from unicompress.tokenizers import continuous
@@ -303,6 +306,43 @@ def test_the_official_names_are_kept() -> None:
     assert "decoder.8.pool.0.weight" not in names  # statistics only around the latents
 
 
+# (latent channels, pooled): every 37th latent and every 401st pixel, both of unit deviation, from
+# the official network at the official width with the weights below.
+OFFICIAL = {
+    (32, True): (
+        [-0.699577, -2.165694, 0.929742, -0.029192, -0.554982, -0.738779, 0.052341, -0.146166],
+        [0.065949, 1.457585, 0.434459, -1.894473, -0.030186, -0.268083, -1.851527, 0.543812],
+    ),
+    (4, False): (
+        [0.688444, -1.401582],
+        [-0.07612, 0.467682, 0.572812, 0.440526, 0.582955, 2.801991, -1.46049, -0.381378],
+    ),
+}
+
+
+@pytest.mark.parametrize(("channels", "pooled"), OFFICIAL)
+@torch.no_grad()
+def test_latents_and_pixels_are_the_official_ones(channels: int, pooled: bool) -> None:
+    network = TinyAutoencoder(latent_channels=channels, pooled=pooled)
+    draws, weights = np.random.RandomState(0), {}
+    for name, tensor in sorted(network.state_dict().items()):
+        fan = tensor[0].numel() if tensor.ndim > 1 else 4
+        values = draws.standard_normal(tuple(tensor.shape)) * (2 / fan) ** 0.5
+        weights[name] = torch.from_numpy(values.astype(np.float32))
+    network.load_state_dict(weights)
+    place = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    latents = network.encode((280 * place**2).sin())
+    latents = latents / latents.std()
+    pixels = network.decode(latents)
+    pixels = (pixels - pixels.mean()) / pixels.std()
+    for found, step, wanted in zip(
+        (latents, pixels), (37, 401), OFFICIAL[channels, pooled], strict=True
+    ):
+        torch.testing.assert_close(
+            found.flatten()[::step][: len(wanted)], torch.tensor(wanted), atol=1e-4, rtol=1e-4
+        )
+
+
 def test_the_latent_range_is_squeezed_before_decoding() -> None:
     network = TinyAutoencoder(latent_channels=4, width=8)
     far = torch.full((1, 4, 2, 2), 50.0)
@@ -359,6 +399,41 @@ def test_too_few_pictures_and_wrong_options() -> None:
         FitOptions(rounds=0)
     with pytest.raises(InputError, match="no folder"):
         next(pictures_from("missing/folder/of/pictures", size=32))
+
+
+# The command
+
+
+def test_the_command_writes_a_tokenizer_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pair(tmp_path)
+    words = ["fit-codebook", str(tmp_path), "--images", "scenes", "--limit", "6"]
+    words += ["--codes-per-token", "4", "--codebook-size", "16", "--image-size", "64"]
+    words += ["-o", str(tmp_path / "fitted"), "--json", str(tmp_path / "fit.json")]
+    with pytest.raises(SystemExit) as ended:
+        typer.main.get_command(app)(words)
+    assert ended.value.code == 0
+    assert "16 tokens of 4 codes out of 16" in capsys.readouterr().out
+    found = load_tokenizer(tmp_path / "fitted")
+    content = json.loads((tmp_path / "fit.json").read_text())
+    assert content["fingerprint"] == fingerprint(found)
+    assert content["fit"]["images"] == 5
+    assert content["options"]["seed"] == 0
+
+
+def test_the_command_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pair(tmp_path)
+    words = ["fit-codebook", str(tmp_path), "--images", "scenes", "-o", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        typer.main.get_command(app)([*words, "--codes-per-token", "3"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 16 channels per token cannot be cut into 3 equal chunks")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # diffusers

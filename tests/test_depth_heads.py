@@ -12,6 +12,7 @@ from unicompress.backbones.unitok import LlamaHead
 from unicompress.backbones.vila_u import ResidualHead
 from unicompress.codec import ImageCodec
 from unicompress.errors import InputError
+from unicompress.sequence import drawing
 from unicompress.tokenizers.base import tokenizers
 from unicompress.unified import UnifiedModel
 from unified_toy import SPEC, TEXTS, pictures, text_tokenizer, tiny_lm
@@ -124,8 +125,6 @@ def test_greedy_drawing_follows_teacher_forcing(name: str, compressed: bool) -> 
             [backbone.embed_codes(c, s) for c, s in zip(streams, ("global", "local"), strict=True)],
             dim=1,
         )
-        from unicompress.sequence import drawing
-
         image = layout.arrange(backbone.delimiters(), tokens)[:, :-1]
         embeds = torch.cat([backbone.embed_text(ids), image], dim=1)
         places = torch.arange(embeds.shape[1])[None]
@@ -192,8 +191,8 @@ def test_what_does_not_fit_is_refused() -> None:
         model("unitok", projector="local(width=16, depth=1)").draw_codes(TEXTS[:1])
     with pytest.raises(InputError, match="fork must be from 0 to below 1"):
         model("unifork", backbone="unifork(code_dim=16, width=24, block_heads=2, fork=1.0)")
+    host = tokenizers.get("toy_single").tiny()
     with pytest.raises(InputError, match="no vocabulary of the backbone"):
-        host = tokenizers.get("toy_single").tiny()
         UnifiedModel.from_parts(
             tokenizer=host,
             lm=tiny_lm(),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from unicompress.checkpoint import read_json, write_json
+from unicompress.checkpoint import load_safetensors, read_json, write_json
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import CheckpointError, HostMismatchError, InputError, RecipeError
 from unicompress.tokenizers.base import tokenizers
@@ -139,8 +139,12 @@ def test_packing_goes_on_where_it_stopped(
     assert (done.count, done.written) == (10, 6)
     (again,) = pack(given, model, tmp_path / "parts", count=10, shard=4)
     assert again.written == 0
-    for path in sorted((tmp_path / "whole").iterdir()):
-        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+    folders = tmp_path / "whole", tmp_path / "parts"
+    assert read_json(folders[0] / MANIFEST) == read_json(folders[1] / MANIFEST)
+    for name in ("shard-00000", "shard-00001", "shard-00002"):
+        whole, parted = (load_safetensors(f / f"{name}.safetensors") for f in folders)
+        assert whole[1] == parted[1]
+        assert all(torch.equal(whole[0][key], parted[0][key]) for key in whole[0])
 
 
 def test_samples_come_back_in_their_places(parts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,15 +1,14 @@
-"""Reducers inside models: caches, positions, masks, padding, several images, and leaving no trace."""
+"""Reducers inside models: caches, positions, masks, padding, several images, no trace left."""
 
 import inspect
 from typing import Any
 
 import pytest
 import torch
-from reducer_hosts import IMAGE, Tiny, tiny
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-from unified_toy import TEXTS, pictures, tiny_model
 
+from reducer_hosts import IMAGE, Tiny, tiny
 from unicompress.errors import InputError
 from unicompress.reducers.base import Reducer, reducers
 from unicompress.reducers.controls import AveragePool, Random, Uniform
@@ -22,6 +21,7 @@ from unicompress.reducers.sparsevlm import SparseVLM
 from unicompress.reducers.todre import ToDRE
 from unicompress.reducers.visionzip import VisionZip
 from unicompress.reducers.vscan import VScan
+from unified_toy import TEXTS, pictures, tiny_model
 
 NAMES = reducers.names()
 HOSTS = ["llava", "llava_next", "internvl", "janus", "qwen2_5_vl"]
@@ -41,6 +41,12 @@ def written(host: Tiny, inputs: dict[str, Tensor], count: int = 4) -> Tensor:
         options["max_length"] = None  # Janus has a default that only leads to a warning
     ids = host.model.generate(**inputs, **options)
     return ids[:, inputs["input_ids"].shape[1] :]
+
+
+def fail_inside(reducer: Reducer, model: nn.Module, before: list[Any]) -> None:
+    with reducer.on(model):
+        assert trace(model) != before
+        raise RuntimeError("stop")
 
 
 def trace(model: nn.Module) -> list[Any]:
@@ -173,7 +179,8 @@ def test_cached_decoding_is_the_full_forward_with_the_pruned_context(name: str) 
     tracker = check_cached(tiny("janus"), make(name), [2, 1])
     for alive, reductions in zip(tracker.last.alive, tracker.last.reductions, strict=True):
         assert len(alive) < 64
-        assert reductions[0].indices.shape[1] in (32, 50)  # sparsevlm's first cut keeps more
+        # The three cuts of SparseVLM fall on one layer here, and the last is the narrowest.
+        assert reductions[0].indices.shape[1] == (18 if name == "sparsevlm" else 32)
 
 
 @pytest.mark.parametrize("host", [h for h in HOSTS if h != "janus"])
@@ -434,9 +441,8 @@ def test_nothing_is_left_behind_even_after_an_error(host: str) -> None:
     model = unified() if host == "unified" else tiny(host).model
     before, weights = trace(model), {n: t.clone() for n, t in model.state_dict().items()}
     for reducer in (make("pyramid_drop"), make("sparsevlm"), make("tome")):
-        with pytest.raises(RuntimeError, match="stop"), reducer.on(model):
-            assert trace(model) != before
-            raise RuntimeError("stop")
+        with pytest.raises(RuntimeError, match="stop"):
+            fail_inside(reducer, model, before)
         assert trace(model) == before
     assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
 
@@ -447,7 +453,7 @@ def test_other_models_are_refused_by_name() -> None:
                     num_attention_heads=1)
     )  # fmt: skip
     with (
-        pytest.raises(InputError, match="no reducer can act on a LlamaForCausalLM; supported: .*"),
+        pytest.raises(InputError, match="no reducer can act on a LlamaForCausalLM; supported: "),
         Uniform().on(plain),
     ):
         pass
@@ -479,7 +485,7 @@ def test_backends_and_caches_that_hide_what_is_needed_are_refused() -> None:
     trunk.config._attn_implementation = "flex_attention"
     try:
         with (
-            pytest.raises(InputError, match="'flex_attention' hides masks .* attn_impl"),
+            pytest.raises(InputError, match=r"'flex_attention' hides masks .* attn_impl"),
             Uniform().on(host.model),
         ):
             pass
@@ -516,7 +522,7 @@ def test_several_cuts_and_clusters_run_together() -> None:
     inputs = host.prompt([LONG], [2])
     for reducer, sizes in (
         (PyramidDrop(keep=0.5), [32, 16, 8]),
-        (SparseVLM(keep=0.25), [25, 9]),  # two of its cuts fall on one layer here
+        (SparseVLM(keep=0.25), [9]),
     ):
         with reducer.on(host.model) as tracker, torch.no_grad():
             host.model(**inputs)

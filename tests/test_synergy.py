@@ -140,8 +140,8 @@ def values(parts: Path, out: Path, **changes: Any) -> dict[str, Any]:
     runs = {
         "U": own[0],
         "G": own[1],
-        "both": {"steps": 4},
-        "accelerated": {"steps": 4, "accelerators": accelerators},
+        "both": {"times": 2},
+        "accelerated": {"times": 2, "accelerators": accelerators},
         "short": {"codec": str(parts / "codec")},
     }
     comparison = {"understanding": "U", "generation": "G"}

@@ -233,7 +233,9 @@ class Decompressor(nn.Module):
         """One unit per step."""
         base, unit, grid = conditions.base, conditions.unit, conditions.grid
         run = self._steps_without_cache if not use_cache else self._steps
-        if use_cache and fixed_shapes() and base.shape[1] > 1:
+        # Random codes come from a generator on the host, which no recording can ask.
+        greedy = sampling is None or sampling.temperature == 0
+        if use_cache and greedy and fixed_shapes() and base.shape[1] > 1:
             run = self._fixed_steps
         found = run(conditions, self._feedback(conditions, sampling))
         codes = None

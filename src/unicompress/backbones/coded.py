@@ -90,16 +90,6 @@ class CodedLM(CausalLM):
         """Learned embeddings of BOS, SEP and EOS."""
         return self.special
 
-    def project_rows(self, rows: Float[Tensor, "b n e"]) -> Float[Tensor, "b n h"]:
-        """Looked-up tokens through the projector of images, each token alone."""
-        project: Any = getattr(self.projector, "project", None)
-        if project is None:
-            raise InputError(
-                "this backbone needs a projector that takes tokens one by one, such as mlp: "
-                f"{self.projector.name} looks at the whole image"
-            )
-        return project(rows)
-
     def _table(self, stream: Stream) -> Any:
         return self.tables[self._codebook(stream)]
 

@@ -28,7 +28,7 @@ class AlignedTable(nn.Module):
 
     def forward(self, codes: Int[Tensor, "*b 1"]) -> Float[Tensor, "*b h"]:
         """Codes to embeddings of the language model's width."""
-        return self.aligner.project(self.entries(codes[..., 0]))
+        return self.aligner.each(self.entries(codes[..., 0]))
 
 
 class GenerationHead(nn.Module):

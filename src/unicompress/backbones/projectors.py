@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unicompress.errors import InputError
 from unicompress.layers import grid_coordinates, position_features, to_image
 from unicompress.registry import Family, Member
 from unicompress.tokens import Grid
@@ -26,6 +27,13 @@ class Projector(nn.Module, Member, ABC):
     ) -> Float[Tensor, "b n h"]:
         """Projected tokens, globals first; `grid` is that of the local tokens."""
 
+    def each(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
+        """Tokens projected one by one, as drawing does; InputError where that is not possible."""
+        raise InputError(
+            f"the projector {self.name} looks at the whole image, and this backbone needs one "
+            "that takes tokens one by one: use mlp or linear"
+        )
+
 
 projectors: Family[Projector] = Family("projector", home="unicompress.backbones.projectors")
 
@@ -42,7 +50,11 @@ class LinearProjector(Projector):
         self, globals_: Float[Tensor, "b g d"], locals_: Float[Tensor, "b m d"], grid: Grid
     ) -> Float[Tensor, "b n h"]:
         """Projected tokens, globals first."""
-        return self.project(torch.cat([globals_, locals_], dim=1))
+        return self.each(torch.cat([globals_, locals_], dim=1))
+
+    def each(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
+        """Tokens of either stream."""
+        return self.project(tokens)
 
 
 class Mixer(nn.Module):
@@ -111,9 +123,9 @@ class MLPProjector(Projector):
         self, globals_: Float[Tensor, "b g d"], locals_: Float[Tensor, "b m d"], grid: Grid
     ) -> Float[Tensor, "b n h"]:
         """Projected tokens, globals first."""
-        return self.project(torch.cat([globals_, locals_], dim=1))
+        return self.each(torch.cat([globals_, locals_], dim=1))
 
-    def project(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
+    def each(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
         """Tokens of either stream."""
         first, *rest = self.layers
         tokens = first(self.norm(tokens))

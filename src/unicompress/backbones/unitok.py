@@ -41,7 +41,7 @@ class LlamaHead(nn.Module):
         config._attn_implementation = "sdpa"
         self.trunk = LlamaModel(config)
         self.trunk.set_input_embeddings(None)
-        self.entries = nn.ModuleList(nn.Embedding(size, hidden) for _ in range(codes - 1))
+        self.entries: Any = nn.ModuleList(nn.Embedding(size, hidden) for _ in range(codes - 1))
         for table in self.entries:
             nn.init.normal_(table.weight, std=0.02)
         self.leave = nn.Linear(hidden, size)
@@ -68,7 +68,7 @@ class LlamaHead(nn.Module):
 
 @backbones.register("unitok")
 class UniTokLM(CodedLM):
-    """`depth` and `block_heads` are those of the head; `code_dim` is the width of a looked-up token."""
+    """`depth` and `block_heads` are the head's; `code_dim` is the width of a looked-up token."""
 
     prompts: ClassVar[Prompts] = Prompts(
         caption="{} Generate an image based on this description.\x00",
@@ -102,4 +102,4 @@ class UniTokLM(CodedLM):
 
     def embed_codes(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n h"]:
         """The tokenizer's embedding of the codes, through the projector."""
-        return self.project_rows(self._table(stream)(codes))
+        return self.projector.each(self._table(stream)(codes))

@@ -87,7 +87,7 @@ class VilaU(CodedLM):
 
     def embed_codes(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n h"]:
         """The tokenizer's embedding of the codes, through the projector."""
-        return self.project_rows(self._table(stream)(codes))
+        return self.projector.each(self._table(stream)(codes))
 
     def code_logits(
         self, hidden: Float[Tensor, "*b h"], codes: Int[Tensor, "*b c"], stream: Stream

@@ -114,8 +114,9 @@ def bench(
     pair = _pair(lm, tokenizer, changes, (dense, compressed), dtype, device)
     with use_engine(engine), timing, progress_bar() as progress:
         result = BENCHES[what.value](pair, effort, progress=progress, **options)
-    notes = {**result.details, "clock": "processor" if processor_time else "wall"}
-    result = replace(result, command=command_line(), details=notes)
+    clock = "processor" if processor_time else "wall"
+    measured = {**result.details[what.value], "clock": clock}
+    result = replace(result, command=command_line(), details={what.value: measured})
     _print(what.value, result)
     if plot is not None:
         save_plot(result, plot)

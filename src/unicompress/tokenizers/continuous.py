@@ -146,9 +146,7 @@ class Continuous(ImageTokenizer):
             p=self.patch,
             q=self.patch,
         )
-        decoded = self.network.decode(latents)
-        pixels: Tensor = decoded if isinstance(decoded, Tensor) else decoded.sample
-        return pixels
+        return _decoded(self.network, latents)
 
     @torch.no_grad()
     def set_codebooks(self, basis: Basis, books: Books) -> None:
@@ -290,6 +288,13 @@ def _encoded(network: Any, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b
         return mode
     latents: Tensor = found.latents if hasattr(found, "latents") else found.latent
     return latents
+
+
+def _decoded(network: Any, latents: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
+    """Pixels, likewise."""
+    found = network.decode(latents)
+    pixels: Tensor = found if isinstance(found, Tensor) else found.sample
+    return pixels
 
 
 @torch.no_grad()

@@ -80,6 +80,10 @@ class UniTok(ReleasedTokenizer):
         super().__init__()
         if code_dim % codebooks:
             raise InputError(f"code_dim {code_dim} does not divide into {codebooks} codebooks")
+        if width % heads:
+            raise InputError(
+                f"width {width} is not a multiple of heads {heads}: change one of them"
+            )
         self.image_size = image_size
         self.width = width
         self.depth = depth

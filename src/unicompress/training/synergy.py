@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from unicompress.errors import UnicompressError
+from unicompress.errors import RecipeError, UnicompressError
 from unicompress.evals.generation import evaluate_generation, unseen_scenes
 from unicompress.evals.result import Figures, Result
 from unicompress.evals.understanding import QuestionSet, evaluate_understanding
@@ -58,7 +58,7 @@ class SynergyRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     stage_two: dict[str, Any]  # a stage-two recipe; every run changes some of its keys
-    runs: dict[str, dict[str, Any]]
+    runs: dict[str, dict[str, Any]]  # `times` multiplies the steps, all else is stage two's
     comparisons: dict[str, Comparison]
     baseline: str  # the comparison whose synergy the others are held against
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -104,6 +104,11 @@ def _stage(
     recipe: SynergyRecipe, name: str, changes: dict[str, Any], seed: int, source: str
 ) -> StageTwoRecipe:
     values = {**recipe.stage_two, **changes, "seed": seed}
+    times = values.pop("times", 1)
+    if isinstance(times, int) and isinstance(values.get("steps"), int):
+        values["steps"] *= times
+    else:
+        raise RecipeError(f"{source}, run {name}: steps and times must be whole numbers")
     values["out"] = str(Path(values["out"]) / f"{_plain(name)}-seed{seed}")
     return parse_recipe(StageTwoRecipe, values, f"{source}, run {name}")
 

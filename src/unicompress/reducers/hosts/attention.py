@@ -17,47 +17,43 @@ class LayerView:
 
     layer: Any  # decoder layer with input_layernorm and self_attn
     hidden: Float[Tensor, "b l d"]
-    cosines: Float[Tensor, "b l r"]
-    sines: Float[Tensor, "b l r"]
+    cosines: Float[Tensor, "#b l r"]
+    sines: Float[Tensor, "#b l r"]
 
     def normed(self) -> Float[Tensor, "b l d"]:
         """What the attention module reads."""
         return self.layer.input_layernorm(self.hidden)
 
-    def heads(
-        self, normed: Float[Tensor, "b l d"], which: str, *, turned: bool = True
-    ) -> Float[Tensor, "b p l r"]:
-        """Queries, keys (both with positions, unless not `turned`) or values by head."""
-        module = self.layer.self_attn
-        states = getattr(module, f"{which}_proj")(normed)
-        states = states.unflatten(-1, (-1, module.head_dim))  # [b, l, p, r]
-        norm = getattr(module, f"{which}_norm", None)
-        states = (states if norm is None else norm(states)).transpose(1, 2)
-        if which == "v" or not turned:
-            return states
-        # The model's own function: families differ in how they pair channels.
-        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
-        return rotate(states, states, self.cosines, self.sines)[0]
+    def heads(self, normed: Float[Tensor, "b l d"], which: str) -> Float[Tensor, "b p l r"]:
+        """Queries and keys (`q`, `k`, both turned by their positions) or values (`v`) by head."""
+        return self._heads(normed, which, self.cosines, self.sines)
 
     def rows(
         self, slots: Int[Tensor, "b q"], visible: Bool[Tensor, "b q l"]
     ) -> Float[Tensor, "b p q l"]:
         """Attention of the queries at `slots` to everything that is visible to them."""
         normed = self.normed()
-        wide = normed.shape[-1]
-        asking = LayerView(
-            self.layer,
-            normed,
-            *(
-                table.expand(len(slots), -1, -1).gather(
-                    1, slots[..., None].expand(-1, -1, table.shape[-1])
-                )
-                for table in (self.cosines, self.sines)
-            ),
-        )
-        queries = asking.heads(normed.gather(1, slots[..., None].expand(-1, -1, wide)), "q")
+        picked = [
+            table.expand(len(slots), -1, -1).gather(
+                1, slots[..., None].expand(-1, -1, table.shape[-1])
+            )
+            for table in (normed, self.cosines, self.sines)
+        ]
+        queries = self._heads(picked[0], "q", picked[1], picked[2])
         keys = self.heads(normed, "k")
         return softmax_rows(queries, keys, visible, self.layer.self_attn.scaling)
+
+    def _heads(self, normed: Tensor, which: str, cosines: Tensor, sines: Tensor) -> Tensor:
+        module = self.layer.self_attn
+        states = getattr(module, f"{which}_proj")(normed)
+        states = states.unflatten(-1, (-1, module.head_dim))  # [b, l, p, r]
+        norm = getattr(module, f"{which}_norm", None)
+        states = (states if norm is None else norm(states)).transpose(1, 2)
+        if which == "v":
+            return states
+        # The model's own function: families differ in how they pair channels.
+        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+        return rotate(states, states, cosines, sines)[0]
 
 
 def softmax_rows(
@@ -86,6 +82,6 @@ def received(
     for start in range(0, n, CHUNK):
         part = queries[:, :, start : start + CHUNK]
         asking = order[start : start + CHUNK, None]
-        visible = (order <= asking if causal else order < n + 0 * asking).expand(b, -1, -1)
+        visible = (order <= asking if causal else (order >= 0) & (asking >= 0)).expand(b, -1, -1)
         total += softmax_rows(part, keys, visible, scale).mean(dim=1).sum(dim=1)
     return total / n

@@ -1,6 +1,7 @@
 """What the models of transformers share: image tokens are put where a placeholder id stands."""
 
 import functools
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -73,7 +74,7 @@ class PlaceholderHost(Host):
 
         @functools.wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(("pixel_values", "image_grid_thw"), args, strict=False)) | kwargs
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
             with ExitStack() as stack:
                 if probe is not None:
                     stack.enter_context(probe.listening())

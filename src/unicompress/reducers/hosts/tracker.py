@@ -71,7 +71,7 @@ class Call:
     width: int  # columns that came in
     positions: Int[Tensor, "*axes b l"]  # of the columns that came in
     mask: Tensor | None  # the host's own 4-D mask
-    cache: Any
+    cache: Any = None
     prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
     view: LayerView | None = None  # of the layer before a cut
 
@@ -144,7 +144,6 @@ class Tracker:
             width,
             positions[-3:] if positions.ndim == 3 else positions,
             mask if whole else None,
-            cache,
         )
         if prompt is None:
             self._extend(run, width, mask)
@@ -223,6 +222,7 @@ class Tracker:
             if call is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
+            call.cache = kwargs.get("past_key_values")  # the trunk may have made one
             if call.prefill and index in self.steps:
                 hidden = self._cut(call, index, layer, hidden)
             settings = self._settings(call, index, hidden)
@@ -308,7 +308,9 @@ class Tracker:
             tables = self._settings(call, layer - 1 if layer else 0, hidden)["position_embeddings"]
             view = LayerView(module, hidden, *tables)
         slot_of = self._slots(run, before)
-        keep = torch.ones(len(hidden), run.length, dtype=torch.bool, device=hidden.device)
+        # What earlier cuts dropped stays dropped.
+        keep = torch.zeros(len(hidden), run.length, dtype=torch.bool, device=hidden.device)
+        keep = keep.scatter(1, before.columns, torch.ones_like(before.columns, dtype=torch.bool))
         hidden = hidden.clone()
         carried: list[tuple[int, Tensor, Tensor]] = []
         position_policy = step.reducer.positions
