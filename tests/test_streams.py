@@ -188,3 +188,20 @@ def test_streams_serve_recipes(tmp_path: Path) -> None:
     again = mixed(place, question="q", answer="a")
     again.restore(samples.state())
     assert again.at(2).caption == samples.at(2).caption == "grey 10"
+
+
+def test_a_picture_called_like_a_split_hides_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, value in (("bullet_train.png", 10), ("a_test.png", 20), ("dog.png", 30)):
+        (folder / name).write_bytes(png(value))
+    stream = ImageStream(StreamOptions(path=str(folder), format="folder"), SIZE)
+    assert sorted(value_of(next(stream)) for _ in range(3)) == [10, 20, 30]
+
+
+def test_a_folder_with_splits_is_read_by_split(tmp_path: Path) -> None:
+    for split, value in (("train", 10), ("test", 20)):
+        (tmp_path / "pictures" / split).mkdir(parents=True)
+        (tmp_path / "pictures" / split / "dog.png").write_bytes(png(value))
+    options = StreamOptions(path=str(tmp_path / "pictures"), format="folder", split="test")
+    assert {value_of(next(ImageStream(options, SIZE))) for _ in range(2)} == {20}

@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,7 +55,7 @@ def attention(
     from unicompress.limits.report import allocation_details, allocation_tables
 
     place = device_named(device)
-    figures: dict[str, Figures] = {}
+    figures: dict[str, Any] = {}
     if segments is not None:
         found = {"text": _of_file(model, segments, device)}
     else:
@@ -116,6 +116,6 @@ def _of_file(name: str, path: Path, device: str) -> "Allocation":
     from unicompress.training.recipe import LanguageModelRecipe
 
     lm, text = language_model(LanguageModelRecipe(name=name), (), seed=0)
-    lm = lm.to(device_named(device))  # type: ignore[arg-type]
+    lm = lm.to(device_named(device))
     names, passes = file_passes(path, lm, text)
     return attention_allocation(lm, passes, names)

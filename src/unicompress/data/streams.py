@@ -210,9 +210,14 @@ def _open(options: StreamOptions) -> Any:
     if options.format == "hub":
         given = {"path": options.path, "name": options.subset}
     elif options.format == "folder":
-        if not Path(options.path).is_dir():
+        folder = Path(options.path)
+        if not folder.is_dir():
             raise InputError(f"there is no folder {options.path}: check data.path")
         given = {"path": "imagefolder", "data_dir": options.path}
+        if not (folder / options.split).is_dir():
+            # Left to itself, imagefolder takes every file with "train" or "test" in its name for
+            # that split alone, and silently leaves out the others.
+            given["data_files"] = {options.split: "**"}
     else:
         given = {"path": options.format, "data_files": options.path}
     try:

@@ -142,7 +142,11 @@ def bench_generation(
         tasks[BASELINE] = janus_task(
             pair.dense, prompts=effort.batch, length=longest + 2, sampling=sampling
         )
-    turns: dict[str, Any] = {"repeats": effort.repeats, "warmup": effort.warmup, "progress": progress}
+    turns: dict[str, Any] = {
+        "repeats": effort.repeats,
+        "warmup": effort.warmup,
+        "progress": progress,
+    }
     seconds = take_turns(tasks, label="drawing", **turns)
     if waits:
         timed = {side: task(side, model, True) for side, model in pair}

@@ -1,6 +1,6 @@
 """The tables of the synergy experiment, from the result files of its runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unicompress.evals.result import Result
@@ -71,9 +71,9 @@ def _runs_table(runs: Runs) -> dict[str, Any]:
                 ", ".join(known["accelerators"]) or NOTHING,
                 str(known["tokens_per_image"]),
                 f"{known['steps']} x {known['batch']}",
-                *(_spread(results, lambda r, p=path: value(r, p)) for path in FIGURES.values()),
+                *(_figure(results, path) for path in FIGURES.values()),
                 *(
-                    _spread(results, lambda r, t=task: value(r, ("gigaflops", t)))
+                    _figure(results, ("gigaflops", task))
                     for task in ("understanding", "generation")
                 ),
                 str(len(results)),
@@ -188,11 +188,11 @@ def _groups(joint: Mapping[str, Sequence[Result]]) -> list[str]:
 
 
 def _agreement(results: Sequence[Result], when: str, group: str, key: str) -> str:
-    return _spread(results, lambda result: value(result, ("gradients", when, group, key)))
+    return _figure(results, ("gradients", when, group, key))
 
 
-def _spread(results: Sequence[Result], read: Callable[[Result], float | None]) -> str:
-    found = [number for result in results if (number := read(result)) is not None]
+def _figure(results: Sequence[Result], path: Sequence[str]) -> str:
+    found = [number for result in results if (number := value(result, path)) is not None]
     return cell(found) if found else NOTHING
 
 

@@ -53,7 +53,7 @@ class Run:
 
     prompt: Prompt
     stages: list[Stage]
-    alive: list[Int[Tensor, " k"]]  # per image field: which of its tokens are left
+    alive: list[Int[Tensor, " _"]]  # per image field: which of its tokens are left
     length: int  # columns of the original sequence so far
     reductions: list[list[Reduction]] = field(default_factory=list)  # per field, one per cut
 
