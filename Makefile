@@ -79,13 +79,9 @@ reference: $(VENV)/test.stamp
 	@$(BIN)/unicompress train stage-one $(RECIPES)/stage_one.yaml --resume
 	@$(BIN)/unicompress train stage-two $(RECIPES)/stage_two_dense.yaml --resume
 	@$(BIN)/unicompress train stage-two $(RECIPES)/stage_two_compressed.yaml --resume
-	@$(BIN)/unicompress train stage-one $(RECIPES)/refine.yaml --resume
-	@for part in more answers; do for side in dense compressed; do \
-	    $(BIN)/unicompress train stage-two $(RECIPES)/$${part}_$$side.yaml --resume || exit 1; done; done
-	@$(BIN)/python -m unicompress.training.ship $(RUNS)/answers_dense/final $(SHIPPED)/dense
-	@$(BIN)/python -m unicompress.training.ship $(RUNS)/answers_compressed/final $(SHIPPED)/compressed \
-	    --refined $(RUNS)/refine/final
+	@for side in dense compressed; do \
+	    $(BIN)/python -m unicompress.training.ship $(RUNS)/stage_two_$$side/final $(SHIPPED)/$$side || exit 1; done
 	@for task in understanding generation reconstruction easy-vqa; do \
 	    $(BIN)/unicompress evaluate compressed --task $$task --json docs/results/$$task.json || exit 1; done
-	@$(BIN)/unicompress bench generation --batch 1 --json docs/results/bench-generation.json
+	@$(BIN)/unicompress bench generation --batch 1 --json docs/results/bench-reference.json
 	@$(BIN)/python -m unicompress.evals.results_page docs/results

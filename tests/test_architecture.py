@@ -13,13 +13,14 @@ HOUSE = """
 errors
 tokens registry checkpoint codebook hub decompressor_heads engine
 layers accelerators
-tokenizers global_tokens compressors decompressors backbones reducers
-codec_spec sequence
+tokenizers global_tokens compressors decompressors backbones reducers feature_taps
+codec_spec sequence understanding
 requantize
 codec_loss codec_stages
 codec losses generate export
 unified_parts
-unified_base
+released
+unified_base hosts
 unified
 data reference
 limits evals
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "unicompress"
 SOURCES = sorted(ROOT.rglob("*.py"))
 OPTIONAL = {
     "datasets", "torchdata", "peft", "tensorboard", "torchmetrics", "torch_fidelity", "lmms_eval",
-    "matplotlib", "jinja2", "easy_vqa", "gradio", "beartype", "pytest",
+    "matplotlib", "jinja2", "easy_vqa", "diffusers", "gradio", "beartype", "pytest",
 }  # fmt: skip
 NEVER = {"torchvision", "timm", "open_clip", "omegaconf", "hydra", "fire"}
 

@@ -61,7 +61,7 @@ def test_the_host_is_not_touched(
 ) -> None:
     held = load_tokenizer(host)
     before = {name: value.clone() for name, value in held.state_dict().items()}
-    monkeypatch.setattr(stage_one, "load_tokenizer", lambda _source: held)
+    monkeypatch.setattr(stage_one, "load_tokenizer", lambda _source, _checkpoint: held)
     train_stage_one(recipe(tmp_path, host))
     assert all(torch.equal(value, before[name]) for name, value in held.state_dict().items())
 

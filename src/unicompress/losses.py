@@ -88,7 +88,6 @@ def read_text(
     return hidden[:, before:]
 
 
-
 def code_loss(
     backbone: Backbone,
     layout: ImageLayout,

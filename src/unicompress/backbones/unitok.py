@@ -41,9 +41,10 @@ class LlamaHead(nn.Module):
         config._attn_implementation = "sdpa"
         self.trunk = LlamaModel(config)
         self.trunk.set_input_embeddings(None)
-        self.entries: Any = nn.ModuleList(nn.Embedding(size, hidden) for _ in range(codes - 1))
-        for table in self.entries:
+        tables = [nn.Embedding(size, hidden) for _ in range(codes - 1)]
+        for table in tables:
             nn.init.normal_(table.weight, std=0.02)
+        self.entries: Any = nn.ModuleList(tables)
         self.leave = nn.Linear(hidden, size)
         self.codes = codes
 

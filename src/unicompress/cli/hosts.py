@@ -14,11 +14,13 @@ def hosts(json: Json = None) -> None:
     from unicompress.hosts import WHAT, list_hosts
 
     lines = list_hosts()
-    titles = ("host", "kind", *(what.replace("_", " ") for what in WHAT), "licence", "verified")
-    table = Table(*titles, show_lines=True)
+    table = Table("host", "kind", *(what.replace("_", " ") for what in WHAT), box=None)
     for line in lines:
-        cells = [line.name, line.kind, *(getattr(line, what) for what in WHAT)]
+        table.add_row(line.name, line.kind, *(getattr(line, what) for what in WHAT))
+    console = Console()
+    console.print(table)
+    for line in lines:
         notes = line.verified + (f"; {line.limits}" if line.limits else "")
-        table.add_row(*cells, line.licence or "-", notes)
-    Console().print(table)
+        console.print(f"\n[bold]{line.name}[/] ({line.kind}), licence: {line.licence or '-'}")
+        console.print(f"  verified by {notes}", highlight=False)
     write_values(json, {"hosts": [line.to_dict() for line in lines]})

@@ -18,7 +18,7 @@ class UniFork(VilaU):
 
     facts: ClassVar[HostFacts] = HostFacts(
         licence="none released",
-        verified="as vila_u, at another size",
+        verified="official code at toy size: X and pixels within 1e-5, codes identical",
         limits="no weights of its own: those of VILA-U are the start",
     )
 
