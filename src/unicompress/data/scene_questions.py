@@ -95,7 +95,7 @@ def ask(scene: Scene, dice: Dice, count: int) -> tuple[Question, ...]:
 
 
 def _ask_again(asked: dict[str, Question], scene: Scene, dice: Dice, count: int) -> None:
-    """More questions of all kinds in turn but counts: asked again, those would favour few objects."""
+    """Questions of all kinds again, but counts: asked twice, those would favour few objects."""
     for _ in range(_TRIES):
         for kind in dice.shuffled([kind for kind in KINDS if kind != "count"]):
             question = _MAKERS[kind](scene, dice)
