@@ -6,8 +6,6 @@ every setting for the same steps on the same images and writes one result file p
 ablation goes on where it stopped.
 """
 
-import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +26,11 @@ from unicompress.evals.reconstruction import (
 )
 from unicompress.evals.result import Figures, Result
 from unicompress.tokenizers.io import load_tokenizer
-from unicompress.training.recipe import StageOneRecipe, load_recipe, parse_recipe
+from unicompress.training.experiment import plain_name, read_command
+from unicompress.training.recipe import StageOneRecipe, parse_recipe
 from unicompress.training.stage_one import FINAL, codec_spec, train_stage_one
+
+MODULE = "unicompress.training.ablation"
 
 
 class AblationRecipe(BaseModel):
@@ -48,7 +49,7 @@ def run_ablation(recipe: AblationRecipe, source: str, command: str) -> list[Path
     written = []
     settings = [(axis, s, c) for axis, group in recipe.axes.items() for s, c in group.items()]
     for axis, setting, changes in tqdm(settings, unit="setting"):
-        path = Path(recipe.results) / f"ablation-{_plain(axis)}-{_plain(setting)}.json"
+        path = Path(recipe.results) / f"ablation-{plain_name(axis)}-{plain_name(setting)}.json"
         written.append(path)
         if path.exists():
             continue
@@ -107,24 +108,10 @@ def _figures(scores: dict[str, ReconstructionScore], gap: float | None) -> dict[
     }
 
 
-def _plain(text: str) -> str:
-    """A file name part: letters, digits and dashes."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ablation of a recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unicompress.training.ablation", description=__doc__
-    )
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_args(arguments)
-    words = [given.recipe, *given.overrides]
-    command = shlex.join(["python", "-m", "unicompress.training.ablation", *words])
     try:
-        recipe = load_recipe(AblationRecipe, given.recipe, given.overrides)
-        for path in run_ablation(recipe, given.recipe, command):
+        for path in run_ablation(*read_command(MODULE, __doc__, AblationRecipe, arguments)):
             print(path)
     except UnicompressError as error:
         print(f"error: {error}", file=sys.stderr)

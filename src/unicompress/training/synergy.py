@@ -7,8 +7,6 @@ interrupted goes on where it stopped. The experiment of arXiv 2606.01503, sectio
 controls that it lacks; the report says whatever sign is found.
 """
 
-import argparse
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,8 +23,9 @@ from unicompress.evals.generation import evaluate_generation, unseen_scenes
 from unicompress.evals.result import Figures, Result
 from unicompress.evals.understanding import QuestionSet, evaluate_understanding
 from unicompress.limits.gradients import Loss, compare_tasks
+from unicompress.training.experiment import plain_name, read_command
 from unicompress.training.feed import Place
-from unicompress.training.recipe import StageTwoRecipe, load_recipe, parse_recipe
+from unicompress.training.recipe import StageTwoRecipe, parse_recipe
 from unicompress.training.stage_two import (
     FINAL,
     StageTwo,
@@ -40,6 +39,7 @@ from unicompress.training.synergy_report import Runs, tables
 from unicompress.unified import UnifiedModel
 
 SPLIT = "val"
+MODULE = "unicompress.training.synergy"
 
 
 class Comparison(BaseModel):
@@ -109,7 +109,7 @@ def _stage(
         values["steps"] *= times
     else:
         raise RecipeError(f"{source}, run {name}: steps and times must be whole numbers")
-    values["out"] = str(Path(values["out"]) / f"{_plain(name)}-seed{seed}")
+    values["out"] = str(Path(values["out"]) / f"{plain_name(name)}-seed{seed}")
     return parse_recipe(StageTwoRecipe, values, f"{source}, run {name}")
 
 
@@ -255,24 +255,10 @@ def compare(
     )
 
 
-def _plain(text: str) -> str:
-    """A file name part: letters, digits and dashes."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment of a recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unicompress.training.synergy", description=__doc__
-    )
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_args(arguments)
-    words = [given.recipe, *given.overrides]
-    command = shlex.join(["python", "-m", "unicompress.training.synergy", *words])
     try:
-        recipe = load_recipe(SynergyRecipe, given.recipe, given.overrides)
-        for path in run_synergy(recipe, given.recipe, command):
+        for path in run_synergy(*read_command(MODULE, __doc__, SynergyRecipe, arguments)):
             print(path)
     except UnicompressError as error:
         print(f"error: {error}", file=sys.stderr)
