@@ -4,8 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
+from unicompress.checkpoint import load_safetensors, read_json
 from unicompress.codec import CodecSpec
 from unicompress.errors import InputError
 from unicompress.export import ImageSlots, codes_of
@@ -63,6 +71,58 @@ def test_logits_and_names_are_ours(tmp_path: Path) -> None:
         hidden = model.backbone(embeds, None, places)
         ours = model.backbone.vocabulary_logits(hidden, 0, model.backbone.space.vocabulary_size)
     torch.testing.assert_close(theirs, ours)
+
+
+def test_the_files_agree_with_each_other(tmp_path: Path) -> None:
+    """What a server reads without asking us: sizes, ids, names, and where to stop."""
+    model = tiny_model("toy_single", SEPARATE)
+    model.export_causal_lm(tmp_path)
+    config, stop = read_json(tmp_path / "config.json"), model.backbone.space.begin + 2
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    weights, _ = load_safetensors(tmp_path / "model.safetensors", digest_required=False)
+    size = len(weights["model.embed_tokens.weight"])
+    text = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert (
+        config["vocab_size"]
+        == size
+        == text.get_vocab_size()
+        == model.backbone.space.vocabulary_size
+    )
+    ends = [model.text.eos_token_id, stop]
+    generation = GenerationConfig.from_pretrained(tmp_path)
+    generation.validate(strict=True)
+    assert config["eos_token_id"] == generation.eos_token_id == ends
+    assert config["pad_token_id"] == generation.pad_token_id == model.text.pad_token_id
+    assert config["bos_token_id"] == model.text.bos_token_id
+    assert generation.max_new_tokens == model.interface_tokens - 1
+    assert generation.max_new_tokens < config["max_position_embeddings"]
+    slots = read_json(tmp_path / "image_slots.json")
+    names = ("<img:begin>", "<img:separator>", "<img:end>")
+    assert [text.token_to_id(name) for name in names] == [
+        slots["begin"], slots["separator"], slots["end"]
+    ]  # fmt: skip
+    assert all(0 <= first < first + count <= size for first, count in slots["entries"])
+    # One entry a name, in text and out of it, also where special tokens are left out.
+    code = model.backbone.space.first("local") + 7
+    assert text.encode("a circle<img:7>", add_special_tokens=False).ids[-1] == code
+    assert text.decode([slots["begin"], code, stop], skip_special_tokens=True).strip() == "<img:7>"
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_older_servers_read_the_same_rotary_embedding(scaled: bool, tmp_path: Path) -> None:
+    model = tiny_model("toy_single")
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    if scaled:
+        rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+    model.lm.config.rope_parameters = rope
+    model.export_causal_lm(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    assert config["rope_theta"] == 5000.0
+    assert config["rope_scaling"] == ({"rope_type": "linear", "factor": 2.0} if scaled else None)
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    words = read_json(tmp_path / "tokenizer_config.json")
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
 
 
 def test_half_precision_leaves_the_model_alone(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ LINES = {(line.kind, line.name): line for line in list_hosts()}
 
 def test_every_host_has_one_line() -> None:
     known = {("tokenizer", n) for n in tokenizers.names() if not n.startswith("toy_")}
-    assert set(LINES) == known | {("unified model", n) for n in releases.names()}
+    assert set(LINES) == known | {
+        ("unified model", loader.title or loader.name)
+        for loader in map(releases.get, releases.names())
+    }
     assert len(LINES) == len(list_hosts())
 
 

@@ -1,7 +1,11 @@
 """A model with one code per token as a plain causal language model, for any server to draw with."""
 
 import copy
+import re
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +25,45 @@ from unicompress.sequence import ImageLayout
 
 BEGIN, SEPARATOR, END = "<img:begin>", "<img:separator>", "<img:end>"
 SLOTS = "image_slots.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Places of an image, one after the other, that draw from the same entries.
+
+    Servers restrict a request to a set of entries, not each place to its own: one request a run
+    does the same. A run of a delimiter is known beforehand and needs no request.
+    """
+
+    first: int  # entry of the vocabulary
+    size: int  # entries
+    length: int  # places
+
+    @property
+    def entries(self) -> range:
+        """What is allowed."""
+        return range(self.first, self.first + self.size)
+
+    @property
+    def known(self) -> list[int]:
+        """The entries of all places where there is no choice, else none."""
+        return [self.first] * self.length if self.size == 1 else []
+
+    def read(self, text: str) -> list[int]:
+        """Entries from the names that a server wrote; InputError unless there is one a place."""
+        codes = [int(code) for code in re.findall(r"<img:(?:global:)?(\d+)>", text)]
+        if len(codes) != self.length or any(code >= self.size for code in codes):
+            raise InputError(
+                f"{self.length} image codes below {self.size} were asked for, got {text[:80]!r}: "
+                "restrict the request to the entries of the run, and ignore the end of the text"
+            )
+        return [self.first + code for code in codes]
+
+
+def runs(folder: str | Path) -> list[Run]:
+    """What follows `<img:begin>` in an exported folder, up to the end, as few requests."""
+    slots = read_json(Path(folder) / SLOTS)["entries"]
+    return [Run(first, size, len(list(group))) for (first, size), group in groupby(slots)]
 
 
 def slot_entries(layout: ImageLayout, space: CodeSpace) -> list[tuple[int, int]]:
@@ -93,14 +136,16 @@ def export_plain_lm(
     if dtype is not None:
         nn.Module.to(plain, dtype)
     end = space.begin + 2
-    plain.generation_config = GenerationConfig(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=[i for i in (text.eos_token_id, end) if i is not None],
-        pad_token_id=text.pad_token_id,
-        max_new_tokens=layout.length - 1,
-    )
+    special: dict[str, Any] = {
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": [i for i in (text.eos_token_id, end) if i is not None],
+        "pad_token_id": text.pad_token_id,
+    }
+    plain.config.update(special)  # some servers stop where the configuration says
+    plain.generation_config = GenerationConfig(**special, max_new_tokens=layout.length - 1)
     plain.save_pretrained(folder)
     tokenizer_with_codes(text, space).save_pretrained(folder)
+    _name_for_older_readers(folder)
     write_json(
         {
             "prompt": "{caption}" + BEGIN,
@@ -114,6 +159,28 @@ def export_plain_lm(
         },
         folder / SLOTS,
     )
+
+
+def _name_for_older_readers(folder: Path) -> None:
+    """Add the names that transformers 4, which many servers still run on, knows things by.
+
+    It refuses a tokenizer of class TokenizersBackend, and silently takes 10,000 for the base of
+    the rotary embedding where it does not find it at the top.
+    """
+    path = folder / "tokenizer_config.json"
+    values = read_json(path)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        write_json({**values, "tokenizer_class": "PreTrainedTokenizerFast"}, path)
+    path = folder / "config.json"
+    values = read_json(path)
+    rope = values.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        scaled = {name: value for name, value in rope.items() if name != "rope_theta"}
+        values["rope_theta"] = rope["rope_theta"]
+        values["rope_scaling"] = None if rope.get("rope_type") == "default" else scaled
+    if "dtype" in values:
+        values["torch_dtype"] = values["dtype"]
+    write_json(values, path)
 
 
 def tokenizer_with_codes(

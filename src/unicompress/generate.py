@@ -180,13 +180,14 @@ def draw_codes(
     columns = torch.arange(keys.shape[1], device=device)
     positions = (columns + (text.offsets - start)[:, None]).clamp(min=0)
     mask = visible(keys, keys, first=0)
-    begin, separator, _ = (row.expand(len(rows), 1, -1) for row in delimiters)
+    begin, separator, _, *line = (row.expand(len(rows), 1, -1) for row in delimiters)
     run = _Columns(backbone, layout, start, mask, positions)
     uniforms = uniforms.to(device)
     fed = torch.cat([backbone.embed_text(text.ids), begin], dim=1)
     chosen, part = [], "prefill"
-    # With fixed shapes the steps from local code to local code, all alike, are left for later.
-    single = layout.tokens if run.fixed is None else layout.global_count + 1
+    # With fixed shapes the steps from local code to local code are left for later, if all alike.
+    later = run.fixed is not None and not layout.row_ends
+    single = layout.global_count + 1 if later else layout.tokens
     for index in range(single):
         with measured(timings, part):
             hidden = run(fed)
@@ -200,6 +201,8 @@ def draw_codes(
             fed = backbone.embed_codes(codes[:, None], stream)
         if index + 1 == layout.global_count:
             fed = torch.cat([fed, separator], dim=1)
+        if layout.ends_row(index):
+            fed = torch.cat([fed, *line], dim=1)
     found = torch.stack(chosen, dim=1)
     if single == layout.tokens:
         return found

@@ -35,8 +35,8 @@ class HostLine:
 def list_hosts() -> list[HostLine]:
     """All unified models, then all tokenizers, by name; toys for tests are left out."""
     models = [
-        _line(name, "unified model", releases.get(name).hub, releases.get(name).facts, YES)
-        for name in releases.names()
+        _line(loader.title or loader.name, "unified model", loader.hub, loader.facts, YES)
+        for loader in map(releases.get, releases.names())
     ]
     known = [name for name in tokenizers.names() if not name.startswith("toy_")]
     return models + [_tokenizer(name, tokenizers.get(name)) for name in known]

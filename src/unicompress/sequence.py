@@ -17,10 +17,16 @@ PADDING = -1  # group of padding
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """[BOS] globals [SEP] locals [EOS]; without globals there is nothing to separate, so no SEP."""
+    """[BOS] globals [SEP] locals [EOS]; without globals there is nothing to separate, so no SEP.
+
+    With `row_ends` a fourth delimiter stands behind every row of local tokens (Emu3). A `bare`
+    image has no delimiters, and no globals either; it can only be read.
+    """
 
     global_count: int
     grid: Grid  # of the local tokens
+    row_ends: bool = False
+    bare: bool = False
 
     @property
     def local_count(self) -> int:
@@ -34,8 +40,10 @@ class ImageLayout:
 
     @property
     def delimiters(self) -> int:
-        """BOS and EOS, and SEP where there are globals."""
-        return 3 if self.global_count else 2
+        """BOS and EOS, SEP where there are globals, and the ends of rows where they are marked."""
+        if self.bare:
+            return 0
+        return (3 if self.global_count else 2) + (self.grid.rows if self.row_ends else 0)
 
     @property
     def length(self) -> int:
@@ -50,23 +58,44 @@ class ImageLayout:
     @property
     def predictors(self) -> list[int]:
         """Index of the position that predicts each code: the one before it."""
-        before_local = self.delimiters - 2 + self.global_count
-        return [*range(self.global_count), *range(before_local, before_local + self.local_count)]
+        return [*range(self.global_count), *(place - 1 for place in self.local_places)]
+
+    @property
+    def local_places(self) -> list[int]:
+        """Index of each local token."""
+        start = int(not self.bare) if self.separator is None else self.separator + 1
+        step = self.grid.columns + self.row_ends  # from row to row
+        rows, columns = self.grid
+        return [start + step * row + column for row in range(rows) for column in range(columns)]
+
+    def ends_row(self, token: int) -> bool:
+        """Whether the end of a row follows a token (globals count from 0, then locals)."""
+        place = token - self.global_count
+        return self.row_ends and place >= 0 and (place + 1) % self.grid.columns == 0
 
     @property
     def token_columns(self) -> Bool[Tensor, " l"]:
         """True where a token of the image stands, False at its delimiters."""
         marks = torch.zeros(self.length, dtype=torch.bool)
-        marks[1 : 1 + self.global_count] = True
-        marks[self.length - 1 - self.local_count : self.length - 1] = True
+        marks[1 : 1 + self.global_count] = True  # none where the image is bare
+        marks[self.local_places] = True
         return marks
 
     def arrange(
-        self, delimiters: Shaped[Tensor, "3 d"], tokens: Shaped[Tensor, "b n d"]
+        self, delimiters: Shaped[Tensor, "k d"], tokens: Shaped[Tensor, "b n d"]
     ) -> Shaped[Tensor, "b l d"]:
-        """Put embeddings (or ids) of BOS, SEP, EOS and of the image's tokens in order (eq. 5)."""
-        begin, separator, end = (row.expand(len(tokens), 1, -1) for row in delimiters)
+        """Put embeddings (or ids) of BOS, SEP, EOS and of the image's tokens in order (eq. 5).
+
+        With `row_ends`, `delimiters` has the end of a row as its fourth.
+        """
+        if self.bare:
+            return tokens
+        begin, separator, end, *line = (row.expand(len(tokens), 1, -1) for row in delimiters)
         globals_, locals_ = tokens.split([self.global_count, self.local_count], dim=1)
+        if self.row_ends:
+            rows = locals_.unflatten(1, tuple(self.grid))  # [b, rows, columns, d]
+            ends = line[0][:, :, None].expand(-1, self.grid.rows, -1, -1)
+            locals_ = torch.cat([rows, ends], dim=2).flatten(1, 2)
         middle = [globals_, separator] if self.global_count else []
         return torch.cat([begin, *middle, locals_, end], dim=1)
 

@@ -31,6 +31,7 @@ from unicompress.unified_base import UnifiedBase
 from unicompress.unified_parts import (
     UnifiedConfig,
     check_options,
+    check_reading,
     code_space,
     load_part,
     merged_lm,
@@ -81,6 +82,7 @@ class UnifiedModel(UnifiedBase):
         the LM, delimiters too, so that an exported model can be sampled without constraints).
         """
         check_options(tokenizer, codec, understanding_source, code_loss)
+        check_reading(backbone, understanding_source, tap)
         rows = len(vocabulary(lm))
         text_size = max(rows, len(text_tokenizer))
         space = code_space(text_size, tokenizer, codec, backbone)
@@ -337,6 +339,7 @@ class UnifiedModel(UnifiedBase):
         *,
         config: UnifiedConfig | None = None,
         codec: Path | str | None = None,
+        release: str | None = None,
         dtype: torch.dtype | str = torch.float32,
         revision: str | None = None,
         **_ignored: Any,
@@ -345,7 +348,8 @@ class UnifiedModel(UnifiedBase):
 
         A released model comes dense; with `codec`, the folder of a plug-in trained around
         the tokenizer in it, it comes compressed and is then to be trained in stage two. Save it to
-        have a folder that a recipe can `start` from.
+        have a folder that a recipe can `start` from. `release` sets options of its loader, as in
+        `emu3(rows=32, columns=32)`.
 
         Weights come as float32 unless `dtype` says otherwise; further options, which `AutoModel`
         passes along, have no effect. Raises CheckpointError for damaged or foreign files.
@@ -356,7 +360,10 @@ class UnifiedModel(UnifiedBase):
             values = read_json(folder / CONFIG)
             kind = values.get("model_type") if isinstance(values, dict) else None
             if kind in releases.names():
-                return cls._from_release(kind, source, codec, dtype, revision)
+                spec = release or str(kind)
+                if spec.partition("(")[0] != kind:
+                    raise InputError(f"{source} is a released {kind}: release cannot be {spec}")
+                return cls._from_release(spec, source, codec, dtype, revision)
             if (
                 not isinstance(values, dict)
                 or values.get("model_type") != cls.config_class.model_type
@@ -365,6 +372,8 @@ class UnifiedModel(UnifiedBase):
             config = UnifiedConfig.from_dict(values)
         if codec is not None:
             raise InputError(f"{source} already says whether it compresses: leave out codec")
+        if release is not None:
+            raise InputError(f"{source} is a model of our own: leave out release={release!r}")
         tensors, notes = load_safetensors(folder / WEIGHTS)
         if notes.get("format") != FORMAT:
             raise CheckpointError(f"{folder / WEIGHTS} does not hold a unicompress model")
@@ -384,13 +393,13 @@ class UnifiedModel(UnifiedBase):
     @classmethod
     def _from_release(
         cls,
-        kind: str,
+        spec: str,
         source: str | Path,
         codec: Path | str | None,
         dtype: torch.dtype | str,
         revision: str | None,
     ) -> "UnifiedModel":
-        release = releases.get(kind)().load(source, revision=revision)
+        release = releases.build(spec).load(source, revision=revision)
         model = cls.from_parts(
             tokenizer=release.tokenizer,
             codec=None if codec is None else ImageCodec.from_pretrained(codec, release.tokenizer),

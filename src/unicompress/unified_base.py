@@ -1,6 +1,7 @@
 """The joined parts of a unified model, and what they make of an image and of a text."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from unicompress.errors import InputError
 from unicompress.feature_taps import FeatureTap, taps
 from unicompress.sequence import ImageLayout
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
-from unicompress.tokens import EncodedImages
+from unicompress.tokens import EncodedImages, Grid
 from unicompress.understanding import PooledTap
 from unicompress.unified_parts import UnifiedConfig, build_lm, code_space
 
@@ -79,16 +80,17 @@ class UnifiedBase(PreTrainedModel):
     @property
     def layout(self) -> ImageLayout:
         """Places of one image's tokens (eq. 5)."""
-        grid = self.tokenizer.spec.grid
+        grid, ends = self.tokenizer.spec.grid, self.backbone.row_ends
         if self.codec is None:
-            return ImageLayout(0, grid)
-        return ImageLayout(self.codec.spec.global_count, grid.pooled(self.codec.spec.stride))
+            return ImageLayout(0, grid, ends)
+        return ImageLayout(self.codec.spec.global_count, grid.pooled(self.codec.spec.stride), ends)
 
     @property
     def understanding_layout(self) -> ImageLayout:
         """Places of the tokens of an image that is read, maybe by another encoder."""
         if self.understanding is None:
-            return self.layout
+            bare = self.backbone.prompts.bare and self.codec is None
+            return replace(self.layout, bare=bare)
         grid = self.understanding.tap.spec.grid.pooled(self.understanding.stride)
         return ImageLayout(self.understanding.global_count, grid)
 
@@ -215,15 +217,31 @@ class UnifiedBase(PreTrainedModel):
     def _image_embeds(self, images: Tensor | EncodedImages) -> Float[Tensor, "b l h"]:
         """The image as understanding sees it, after what opens a prompt (a start token, a role)."""
         layout = self.understanding_layout
-        features = self._features(images).to(next(self.backbone.projector.parameters()).dtype)
-        globals_, locals_ = features.split([layout.global_count, layout.local_count], dim=1)
-        projected = self.backbone.embed_features(globals_, locals_, layout.grid)
+        tokens = self._read_codes(images) if self.backbone.reads_codes else self._project(images)
         delimiters = self.backbone.delimiters()
-        embeds = layout.arrange(delimiters, projected.to(delimiters))  # autocast may have narrowed
-        ids = [*self._start(), *self._ids(self.backbone.prompts.opening)]
+        embeds = layout.arrange(delimiters, tokens.to(delimiters))  # autocast may have narrowed
+        opening_ids = self._ids(self.backbone.prompts.opening)
+        ids = [*self._start(), *opening_ids, *self._image_ids(layout.grid)]
         start = torch.tensor([ids], dtype=torch.long, device=embeds.device)
         opening = self.backbone.embed_text(start.expand(len(embeds), -1))
         return torch.cat([opening.to(embeds), embeds], dim=1)
+
+    def _project(self, images: Tensor | EncodedImages) -> Float[Tensor, "b n h"]:
+        """Features as the language model's input."""
+        layout = self.understanding_layout
+        features = self._features(images).to(next(self.backbone.projector.parameters()).dtype)
+        globals_, locals_ = features.split([layout.global_count, layout.local_count], dim=1)
+        return self.backbone.embed_features(globals_, locals_, layout.grid)
+
+    def _read_codes(self, images: Tensor | EncodedImages) -> Float[Tensor, "b n h"]:
+        """Codes as the language model's input, embedded as in drawing."""
+        layout, codes = self.layout, self._codes(images)
+        globals_, locals_ = codes.split([layout.global_count, layout.local_count], dim=1)
+        parts = (
+            self.backbone.embed_codes(globals_, "global"),
+            self.backbone.embed_codes(locals_, "local"),
+        )
+        return torch.cat(parts, dim=1)
 
     def _token_columns(self, image: Tensor) -> Bool[Tensor, " l"]:
         """Which of `_image_embeds` are tokens of the image: not its delimiters, nor what opens."""
@@ -247,6 +265,10 @@ class UnifiedBase(PreTrainedModel):
     def _ids(self, text: str) -> list[int]:
         return self.text(text, add_special_tokens=False)["input_ids"] if text else []
 
+    def _image_ids(self, grid: Grid) -> list[int]:
+        """What announces an image of so many rows and columns of local tokens, before its BOS."""
+        return self._ids(self.backbone.prompts.image.format(rows=grid.rows, columns=grid.columns))
+
     def _question_ids(self, question: str) -> list[int]:
         """Question and what follows it, in parts, so that the answer never merges with them."""
         parts = self.backbone.prompts.question
@@ -258,19 +280,20 @@ class UnifiedBase(PreTrainedModel):
     def _caption_ids(self, caption: str) -> list[int]:
         """An empty caption gives guidance's unconditional prompt."""
         prompts = self.backbone.prompts
-        full = [*self._start(), *self._ids(prompts.caption.format(caption))]
+        words = [*self._start(), *self._ids(prompts.caption.format(caption))]
+        full = [*words, *self._image_ids(self.layout.grid)]
         return full if caption else self._unconditional_ids(full)
 
     def _unconditional_ids(self, prompt: list[int]) -> list[int]:
         """What guidance contrasts a prompt with: a fixed text, or padding in place of its words."""
-        fixed = self.backbone.prompts.unconditional
+        fixed, image = self.backbone.prompts.unconditional, self._image_ids(self.layout.grid)
         if fixed is not None:
-            return [*self._start(), *self._ids(fixed)]
+            return [*self._start(), *self._ids(fixed), *image]
         padding = self.text.pad_token_id
         if padding is None:
             raise InputError("the text tokenizer has no padding token: set its pad_token")
         kept = len(self._start())
-        return [*prompt[:kept], *[int(padding)] * (len(prompt) - kept)]
+        return [*prompt[:kept], *[int(padding)] * (len(prompt) - kept - len(image)), *image]
 
     def _end(self) -> int:
         end = self.text.eos_token_id

@@ -112,6 +112,15 @@ def check_options(
         )
 
 
+def check_reading(backbone: str, understanding_source: str, tap: FeatureTap | None) -> None:
+    """Raise InputError where features are wanted of a backbone that reads codes alone."""
+    if backbone_class(backbone).reads_codes and (understanding_source != "quantized" or tap):
+        raise InputError(
+            f"the backbone {backbone} reads codes, not features: use understanding_source "
+            "'quantized' and no tap"
+        )
+
+
 def build_lm(config: UnifiedConfig) -> PreTrainedModel:
     """The language model of a configuration, with fresh weights."""
     values = dict(config.lm or {})

@@ -63,7 +63,8 @@ class CodeSpace:
 class Prompts:
     """What a language model was trained to see around image, question, answer and caption.
 
-    Formats with one `{}`; the parts of `question` are tokenized apart.
+    Formats with one `{}`; the parts of `question` are tokenized apart. `image` may name {rows} and
+    {columns}, those of the image's local tokens.
     """
 
     opening: str = ""  # between the text's start token and an image that is read
@@ -73,6 +74,8 @@ class Prompts:
     unconditional: str | None = (
         ""  # guidance's prompt; None: the same prompt, blotted out by padding
     )
+    image: str = ""  # right before BOS, in whatever prompt
+    bare: bool = False  # a dense image that is read has no delimiters
 
 
 class Backbone(nn.Module, Member, ABC):
@@ -84,6 +87,8 @@ class Backbone(nn.Module, Member, ABC):
     """
 
     codes_in_vocabulary: ClassVar[bool] = False
+    reads_codes: ClassVar[bool] = False  # understanding reads what drawing writes, not features
+    row_ends: ClassVar[bool] = False  # every row of local tokens ends with a fourth delimiter
     prompts: ClassVar[Prompts] = Prompts()
     space: CodeSpace
     hidden_size: int
@@ -97,8 +102,8 @@ class Backbone(nn.Module, Member, ABC):
         """Embeddings of text tokens."""
 
     @abstractmethod
-    def delimiters(self) -> Float[Tensor, "3 h"]:
-        """Learned embeddings of BOS, SEP and EOS."""
+    def delimiters(self) -> Float[Tensor, "k h"]:
+        """Learned embeddings of BOS, SEP and EOS, and of the end of a row if there is one."""
 
     @abstractmethod
     def embed_features(

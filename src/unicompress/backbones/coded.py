@@ -86,8 +86,8 @@ class CodedLM(CausalLM):
             if isinstance(table, RowTable):
                 table.take(lambda codes, stream=stream: embed(codes, stream))  # type: ignore[misc]
 
-    def delimiters(self) -> Float[Tensor, "3 h"]:
-        """Learned embeddings of BOS, SEP and EOS."""
+    def delimiters(self) -> Float[Tensor, "k h"]:
+        """Learned embeddings of BOS, SEP and EOS, and of the end of a row if there is one."""
         return self.special
 
     def _table(self, stream: Stream) -> Any:

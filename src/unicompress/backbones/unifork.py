@@ -8,14 +8,14 @@ generation, equal at the start. Codes enter and leave as in VILA-U, whose tokeni
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unicompress.accelerators.base import ImageColumns
-from unicompress.backbones.base import CodeSpace, backbones
+from unicompress.backbones.base import CodeSpace, Prompts, backbones
 from unicompress.backbones.projectors import Projector
 from unicompress.backbones.vila_u import VilaU
 from unicompress.errors import InputError
@@ -24,6 +24,8 @@ from unicompress.errors import InputError
 @backbones.register("unifork")
 class UniFork(VilaU):
     """`fork` is the share of the layers, counted from below, that both tasks use."""
+
+    prompts: ClassVar[Prompts] = Prompts(unconditional=" ")
 
     def __init__(
         self,

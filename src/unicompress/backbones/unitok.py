@@ -5,11 +5,15 @@ reads the hidden state, position k the embedding of code k in a table of its own
 map scores all codes.
 
 The released model embeds a token's eight codes through a projection that attends to the tokens
-before it. It was trained so; but its published generation scripts feed it one token at a time, so
-that every token attends to itself alone, and only the first position agrees between the two. A
-choice has to be made, and here it is the second in training and in use: a token's embedding is a
-function of its own codes (its row through the projector). What is trained with this class is
-consistent; the released 7B weights, trained with the prefix, are not loaded.
+before it (`UniTokProjector`). It was trained so, for reading and for drawing, and it reads so; but
+its published generation scripts feed that projection one token at a time, so that a drawn token
+attends to itself alone, and only the first position agrees with training. A choice has to be made,
+and here it is that of the published scripts, which the authors evaluate with: an image that is read
+is projected as a whole, a drawn token by itself, in training too. Drawing then stays the cheap and
+stateless thing that it is in the other models, and what is trained with this class is consistent.
+
+The published prompts end with a zero byte. That is entry 3 of the vocabulary, with which the images
+of its training begin; here it is BOS, and no part of the text.
 """
 
 from typing import ClassVar
@@ -23,20 +27,37 @@ from transformers.cache_utils import DynamicCache
 from unicompress.backbones.base import Choose, CodeSpace, Prompts, Stream, backbones
 from unicompress.backbones.coded import CodedLM, RowTable
 from unicompress.backbones.projectors import Projector
+from unicompress.backbones.unitok_projector import UniTokProjector
+from unicompress.backbones.vicuna import vicuna
+
+__all__ = ["LlamaHead", "UniTokLM", "UniTokProjector"]
 
 
 class LlamaHead(nn.Module):
     """Llama layers over [state, code 1, ...]; transformers' own, without a word embedding."""
 
-    def __init__(self, *, hidden: int, codes: int, size: int, depth: int, block_heads: int):
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        codes: int,
+        size: int,
+        depth: int,
+        block_heads: int,
+        block_width: int = 0,
+        eps: float = 1e-6,
+    ):
         super().__init__()
         config = LlamaConfig(
             vocab_size=1,
             hidden_size=hidden,
-            intermediate_size=hidden * 11 // 4 // 16 * 16 or 16,
+            intermediate_size=block_width or hidden * 11 // 4 // 16 * 16 or 16,
             num_hidden_layers=depth,
             num_attention_heads=block_heads,
             max_position_embeddings=codes,
+            rms_norm_eps=eps,
+            bos_token_id=None,
+            eos_token_id=None,
         )
         config._attn_implementation = "sdpa"
         self.trunk = LlamaModel(config)
@@ -69,11 +90,14 @@ class LlamaHead(nn.Module):
 
 @backbones.register("unitok")
 class UniTokLM(CodedLM):
-    """`depth` and `block_heads` are the head's; `code_dim` is the width of a looked-up token."""
+    """`depth`, `block_heads`, `block_width`, `eps`: of the head; `code_dim`: of a looked-up token.
 
-    prompts: ClassVar[Prompts] = Prompts(
-        caption="{} Generate an image based on this description.\x00",
-        unconditional="<unconditional>\x00",
+    `block_width` is that of its MLPs, 0 for 2.75 times the hidden width; `eps` is of its norms.
+    """
+
+    prompts: ClassVar[Prompts] = vicuna(
+        caption="{} Generate an image based on this description.",
+        unconditional="<unconditional>",
     )
 
     def __init__(
@@ -85,11 +109,15 @@ class UniTokLM(CodedLM):
         code_dim: int = 64,
         depth: int = 3,
         block_heads: int = 32,
+        block_width: int = 0,
+        eps: float = 1e-6,
     ):
         super().__init__(lm, space, projector)
         self.code_dim = code_dim
         self.depth = depth
         self.block_heads = block_heads
+        self.block_width = block_width
+        self.eps = eps
         codes = space.codes_per_token
         for stream, size in self.codebooks():
             self.tables[stream] = RowTable(codes=codes, size=size, width=code_dim)
@@ -99,6 +127,8 @@ class UniTokLM(CodedLM):
                 size=size,
                 depth=depth,
                 block_heads=block_heads,
+                block_width=block_width,
+                eps=eps,
             )
 
     def embed_codes(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n h"]:

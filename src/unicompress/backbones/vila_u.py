@@ -4,6 +4,9 @@ Read from `rqtransformer/modeling_rqtransformer.py` of VILA-U (arXiv 2409.04429)
 the tokenizer's own embedding of them, through the projector that images are read with; inside the
 head, code k is predicted from the sum of the rows of the codes before it. All depths share one
 classifier. Sampling is ours: the released scripts fix guidance 3, top-k 900 and top-p 0.96.
+
+The prompts are those of its `tokenize_conversation`. Guidance's unconditional prompt is a request
+that was left blank: the official template then drops the space after the role, and so do we.
 """
 
 from typing import Any, ClassVar
@@ -16,6 +19,7 @@ from transformers import PreTrainedModel
 from unicompress.backbones.base import Choose, CodeSpace, Prompts, Stream, backbones
 from unicompress.backbones.coded import CodedLM, RowTable
 from unicompress.backbones.projectors import Projector
+from unicompress.backbones.vicuna import SYSTEM, vicuna
 from unicompress.layers import Block
 
 
@@ -57,7 +61,10 @@ class ResidualHead(nn.Module):
 class VilaU(CodedLM):
     """`width`, `depth`, `block_heads`: of the depth transformer; `code_dim`: of a codebook row."""
 
-    prompts: ClassVar[Prompts] = Prompts(unconditional=" ")
+    prompts: ClassVar[Prompts] = vicuna(
+        caption=f"{SYSTEM} USER: {{}} ASSISTANT: ",
+        unconditional=f"{SYSTEM} USER:ASSISTANT: ",
+    )
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """`bench`: what a model costs, dense against compressed in one process."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from enum import Enum
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unicompress.cli.app import app
+from unicompress.cli.bench_tables import print_bench
 from unicompress.cli.options import (
     LOOK,
-    Compressed,
     Dense,
     Device,
     Json,
@@ -20,15 +21,15 @@ from unicompress.cli.options import (
     fast_type,
     load_model,
 )
-from unicompress.console import command_line, print_result, progress_bar, write_result
+from unicompress.console import command_line, progress_bar, write_result
 from unicompress.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from unicompress.codec import CodecSpec
-    from unicompress.evals.cost import Pair
-    from unicompress.evals.result import Result
+    from unicompress.codec import CodecSpec, ImageCodec
+    from unicompress.evals.cost import Effort, Pair
+    from unicompress.evals.result import Progress, Result
     from unicompress.tokenizers.base import ImageTokenizer
 
 
@@ -50,9 +51,7 @@ class Type(str, Enum):
 
 
 LM_HELP = "Random weights of this shape: llama-3.2-1b, a config.json, a hub id, ..."
-Lm = Annotated[str | None, typer.Option(metavar="NAME", help=LM_HELP)]
 HOST_HELP = "With --lm: host with random weights, such as 'janus_vq(image_size=256)', or a folder."
-Host = Annotated[str | None, typer.Option("--tokenizer", metavar="SPEC", help=HOST_HELP)]
 Stride = Annotated[int | None, typer.Option(help="s of a random plug-in (with --lm).")]
 Globals = Annotated[int | None, typer.Option(help="N_g of a random plug-in (with --lm).")]
 Order = Annotated[str | None, typer.Option(help="raster, block or parallel (with --lm).")]
@@ -62,18 +61,35 @@ Precision = Annotated[
 ]
 
 
+MORE = " Repeat it to see how cost grows."
+Lms = Annotated[list[str] | None, typer.Option("--lm", metavar="NAME", help=LM_HELP + MORE)]
+Hosts = Annotated[
+    list[str] | None, typer.Option("--tokenizer", metavar="SPEC", help=HOST_HELP + MORE)
+]
+Batches = Annotated[
+    list[int] | None, typer.Option("--batch", help="Pictures at once, 8 if not given." + MORE)
+]
+COMPRESSED_HELP = (
+    "The compressed model. For the decompressor repeat it with models or plug-ins trained in "
+    "other orders: their quality is compared on batch x repeats pictures."
+)
+Trained = Annotated[
+    list[str] | None, typer.Option("--compressed", metavar="MODEL", help=COMPRESSED_HELP)
+]
+
+
 @app.command(rich_help_panel=LOOK)
 def bench(
     what: Annotated[Cost, typer.Argument(metavar="WHAT", help=", ".join(Cost))],
-    lm: Lm = None,
-    tokenizer: Host = None,
+    lm: Lms = None,
+    tokenizer: Hosts = None,
     stride: Stride = None,
     global_count: Globals = None,
     order: Order = None,
     head: Head = None,
     dense: Dense = "dense",
-    compressed: Compressed = "compressed",
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 8,
+    compressed: Trained = None,
+    batch: Batches = None,
     cfg: Annotated[float, typer.Option(help="Guidance of the drawing; 1 is none.")] = 2.0,
     repeats: Annotated[int, typer.Option(help="Timed runs of each model.")] = 5,
     dtype: Precision = Type.auto,
@@ -91,36 +107,112 @@ def bench(
         typer.Option("--processor-time", help="Seconds of the processor: for a busy machine."),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Also draw where the time goes.")
+        Path | None, typer.Option(metavar="PNG", help="Also draw where the time goes, or grows.")
     ] = None,
     device: Device = "auto",
     json: Json = None,
 ) -> None:
-    """What a model costs, dense against compressed in one process: medians and their ratio."""
+    """What a model costs, dense against compressed in one process: medians and their ratio.
+
+    --lm, --tokenizer and --batch may be given several times: every combination is measured.
+    """
     from unicompress import generate as measuring
     from unicompress.engine import use_engine
     from unicompress.evals.bench_plot import save_plot
     from unicompress.evals.cost import BENCHES, Effort
     from unicompress.evals.generation import DEFAULT_SAMPLING
 
-    effort = Effort(batch=batch, repeats=repeats, flops=counts)
+    efforts = [Effort(batch=size, repeats=repeats, flops=counts) for size in batch or [8]]
+    models = compressed or ["compressed"]
     options: dict[str, Any] = {}
     if what is Cost.generation:
         options = {"sampling": replace(DEFAULT_SAMPLING, cfg=cfg), "baseline": janus}
     if processor_time and device_named(device).type != "cpu":
         raise InputError("--processor-time sees nothing of a GPU's work: use it with --device cpu")
+    if len(models) > 1 and (what is not Cost.decompressor or lm):
+        raise InputError("several --compressed are for bench decompressor, and not with --lm")
     timing = measuring.processor_time() if processor_time else nullcontext()
     changes = {"stride": stride, "global_count": global_count, "order": order, "head": head}
-    pair = _pair(lm, tokenizer, changes, (dense, compressed), dtype, device)
+
+    def make(name: str | None, host: str | None) -> "Pair":
+        return _pair(name, host, changes, (dense, models[0]), dtype, device)
+
+    def measure(pair: "Pair", effort: "Effort", progress: "Progress") -> "Result":
+        if what is Cost.decompressor:
+            return _decompressor(
+                pair, {} if lm else dict.fromkeys(models), device, effort, progress
+            )
+        return BENCHES[what.value](pair, effort, progress=progress, **options)
+
     with use_engine(engine), timing, progress_bar() as progress:
-        result = BENCHES[what.value](pair, effort, progress=progress, **options)
+        result = _measured(
+            what.value, lm, tokenizer, efforts, make, lambda pair, e: measure(pair, e, progress)
+        )
     clock = "processor" if processor_time else "wall"
     measured = {**result.details[what.value], "clock": clock}
     result = replace(result, command=command_line(), details={what.value: measured})
-    _print(what.value, result)
+    print_bench(what.value, result)
     if plot is not None:
         save_plot(result, plot)
     write_result(json, result)
+
+
+def _measured(
+    what: str,
+    lms: list[str] | None,
+    hosts: list[str] | None,
+    efforts: "list[Effort]",
+    make: "Callable[[str | None, str | None], Pair]",
+    measure: "Callable[[Pair, Effort], Result]",
+) -> "Result":
+    """One measurement, or all combinations of several shapes as one result."""
+    from unicompress.evals.bench_growth import Shape, growth
+
+    found = []
+    names: list[str | None] = [*lms] if lms else [None]
+    specs: list[str | None] = [*hosts] if hosts else [None]
+    for name in names:
+        for host in specs:
+            pair = make(name, host)
+            for effort in efforts:
+                shape = Shape(batch=effort.batch, lm=name, tokenizer=host)
+                found.append((shape, measure(pair, effort)))
+            del pair  # before the next language model is made
+    return found[0][1] if len(found) == 1 else growth(what, found)
+
+
+def _decompressor(
+    pair: "Pair",
+    names: dict[str, None],
+    device: str,
+    effort: "Effort",
+    progress: "Progress",
+) -> "Result":
+    """Time of all orders, and quality of the decompressors that are named."""
+    from unicompress.evals.bench_orders import bench_orders
+
+    first = pair.compressed
+    trained: dict[str, ImageCodec] = {}
+    for name in names:
+        if not trained and first is not None and first.codec is not None:
+            trained[name] = first.codec
+        elif trained:
+            trained[name] = _trained(name, next(iter(trained.values())), device)
+    return bench_orders(pair, trained, effort, progress=progress)
+
+
+def _trained(name: str, like: "ImageCodec", device: str) -> "ImageCodec":
+    """A plug-in by its own folder, around the host of another one, or that of a whole model."""
+    from unicompress.checkpoint import read_json
+    from unicompress.codec import CONFIG, FORMAT, ImageCodec
+
+    config = Path(name) / CONFIG
+    if config.is_file() and read_json(config).get("format") == FORMAT:
+        return ImageCodec.from_pretrained(name, like.tokenizer).to(like.tokenizer.device).eval()
+    codec = codec_of(load_model(name, device))
+    if codec.decompressor is None:
+        raise InputError(f"{name} is a dense model: it has no decompressor to compare")
+    return codec
 
 
 def _pair(
@@ -175,46 +267,3 @@ def torch_type(dtype: Type, device: "torch.device") -> "torch.dtype":
     if dtype is Type.auto:
         return fast_type(device)
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype.value]
-
-
-def _print(what: str, result: "Result") -> None:
-    """Ratio first, then the figures, then where the time goes."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from unicompress.evals.result import RATIOS
-
-    console = Console()
-    measured = result.details[what]
-    for key, value in result.ratio.items():
-        if value is not None and key.endswith("seconds"):
-            console.print(f"{key.replace('_', ' ')}: compressed / dense = {value:.3f}")
-    print_result(result)
-    dense, compressed = asdict(result.dense_breakdown), asdict(result.compressed_breakdown)
-    table = Table("seconds", "dense", "compressed", "share of compressed")
-    total = getattr(result.compressed, RATIOS.get(f"{what}_seconds", ""), None)
-    for part, value in compressed.items():
-        if value is not None:
-            before = "-" if dense[part] is None else f"{dense[part]:.4f}"
-            share = "-" if not total else f"{value / total:.1%}"
-            table.add_row(part.replace("_", " "), before, f"{value:.4f}", share)
-    if table.row_count:
-        console.print(table)
-    _print_counts(measured)
-
-
-def _print_counts(measured: Any) -> None:
-    """Medians of all that took part, with arithmetic and memory where they were counted."""
-    from rich.console import Console
-    from rich.table import Table
-
-    flops, peaks = measured.get("flops") or {}, measured.get("peak_bytes") or {}
-    table = Table("", "median seconds", "GFLOP", "peak MiB beside the weights")
-    for name, seconds in (measured.get("medians") or {}).items():
-        gflop = f"{flops[name] / 1e9:.2f}" if name in flops else "-"
-        peak = f"{peaks[name] / 2**20:.1f}" if name in peaks else "-"
-        table.add_row(name.replace("_", " "), f"{seconds:.4f}", gflop, peak)
-    if table.row_count:
-        Console().print(table)

@@ -96,7 +96,7 @@ class ImageStream:
             self._offset += 1
             try:
                 sample = self._sample(row)
-            except _UnreadableError as error:
+            except UnreadableError as error:
                 self._bad += 1
                 self._skip(str(error))
                 continue
@@ -199,7 +199,7 @@ class ImageStream:
         logger.warning("skipped (%d so far): %s", self.skipped_count, reason)
 
 
-class _UnreadableError(Exception):
+class UnreadableError(Exception):
     """An image that cannot be read; its text names it."""
 
 
@@ -236,11 +236,11 @@ def _image(value: Any, size: int, name: str) -> NDArray[np.uint8]:
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if not isinstance(value, bytes | str):
-        raise _UnreadableError(f"{name} holds no image, but {type(value).__name__}")
+        raise UnreadableError(f"{name} holds no image, but {type(value).__name__}")
     try:
         return load_image(value, size, name=name)
     except InputError as error:
-        raise _UnreadableError(str(error)) from error
+        raise UnreadableError(str(error)) from error
 
 
 def _name(row: Mapping[str, Any], value: Any) -> str:

@@ -59,6 +59,7 @@ class ReleaseLoader(Member, ABC):
     files: ClassVar[tuple[str, ...]]  # patterns of what is needed from a hub repository
     facts: ClassVar[HostFacts] = HostFacts()
     hub: ClassVar[str] = ""  # where the weights were released
+    title: ClassVar[str] = ""  # how people call the model, where its `model_type` does not say
 
     @abstractmethod
     def load(self, source: Path | str, *, revision: str | None = None) -> Release:

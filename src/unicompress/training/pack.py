@@ -1,8 +1,13 @@
-"""Encoding a stage-two recipe's images once, so that training never runs the tokenizer."""
+"""Encoding a stage-two recipe's images once, so that training never runs the tokenizer.
+
+Several processes share the work without talking to each other: shard k belongs to process k modulo
+their number, is complete or not there, and depends on the recipe and k alone.
+"""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +17,23 @@ import torch
 from unicompress.checkpoint import save_safetensors, write_json
 from unicompress.errors import CheckpointError, InputError, RecipeError
 from unicompress.training.feed import Place
-from unicompress.training.packed import FORMAT, MANIFEST, identity, read_manifest
-from unicompress.training.recipe import Data, PackedData, StageTwoRecipe
-from unicompress.training.sample import Sample
+from unicompress.training.pack_rows import RowSource
+from unicompress.training.packed import (
+    FORMAT,
+    MANIFEST,
+    Shard,
+    identity,
+    read_manifest,
+    shard_path,
+    written_shards,
+)
+from unicompress.training.recipe import Data, PackedData, StageTwoRecipe, StreamData
+from unicompress.training.sample import Sample, Source
 from unicompress.training.samples import mixture, to_pixels
 from unicompress.unified import UnifiedModel
 
 BATCH = 16  # pictures that go through the tokenizer at once
+Told = Callable[[str, int, int], None]  # what is going on, how much is done, of how much
 
 
 @dataclass(frozen=True)
@@ -26,9 +41,54 @@ class Packed:
     """One folder: an entry of a recipe's `data`, encoded."""
 
     folder: Path
-    count: int  # samples it holds now
-    written: int  # of them in this run
+    count: int  # samples it holds now, of all processes
+    unreadable: int  # images that were left out of it
+    written: int  # samples by this process in this run
     bytes: int
+    complete: bool  # nothing is left for another process to write
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much is packed, and which part of it this process does."""
+
+    count: int  # places, from the first
+    shard: int  # places of a file
+    place: Place = field(default_factory=Place)
+    progress: Told | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.shard) < 1:
+            raise InputError(
+                f"count and shard must be at least 1, got {self.count} and {self.shard}"
+            )
+        if not 0 <= self.place.rank < self.place.count:
+            raise InputError(f"there is no process {self.place.rank} of {self.place.count}")
+
+    def places(self, number: int) -> range:
+        """The places of a shard."""
+        return range(number * self.shard, min((number + 1) * self.shard, self.count))
+
+    def missing(self, there: Mapping[int, Shard]) -> list[int]:
+        """The shards that nobody has written yet, or that have grown since."""
+        numbers = range(ceil(self.count / self.shard))
+        return [n for n in numbers if n not in there or there[n].stop < self.places(n).stop]
+
+    def own(self, numbers: Sequence[int]) -> list[int]:
+        """Those of them that this process writes."""
+        return [n for n in numbers if n % self.place.count == self.place.rank]
+
+
+def process_place(environment: Mapping[str, str]) -> Place:
+    """Which process this is, as launchers say it (RANK, WORLD_SIZE); without one, the only one."""
+    values = {
+        "RANK": environment.get("RANK", "0"),
+        "WORLD_SIZE": environment.get("WORLD_SIZE", "1"),
+    }
+    for name, value in values.items():
+        if not value.isdecimal():
+            raise InputError(f"{name} must be a whole number, got {value!r}: use a launcher")
+    return Place(int(values["RANK"]), int(values["WORLD_SIZE"]))
 
 
 def pack(
@@ -38,16 +98,18 @@ def pack(
     *,
     count: int,
     shard: int = 1024,
-    progress: Callable[[str, int, int], None] | None = None,
+    place: Place | None = None,
+    progress: Told | None = None,
 ) -> list[Packed]:
-    """Write the first `count` samples of every entry of `recipe.data`, `shard` to a file.
+    """Write this process's shards of the first `count` samples of every entry of `recipe.data`.
 
-    One entry goes into `out`, several into its folders 0, 1, ... Every shard is complete or not
-    there; the same call goes on where an earlier one stopped. Raises CheckpointError where the
-    folder holds a pack of something else.
+    One entry goes into `out`, several into its folders 0, 1, ... Every shard (`shard` samples) is
+    complete or not there, and the same call writes what is missing, however many processes there
+    were before and are now. In streams an image that cannot be read leaves its place empty. Raises
+    CheckpointError where the folder holds a pack of something else, InputError where no image can
+    be read.
     """
-    if min(count, shard) < 1:
-        raise InputError(f"count and shard must be at least 1, got {count} and {shard}")
+    work = Work(count, shard, place or Place(), progress)
     if model.understanding is not None:
         raise InputError("this model reads with an encoder of its own, which cannot be packed yet")
     if any(isinstance(entry, PackedData) for entry in recipe.data):
@@ -55,71 +117,99 @@ def pack(
     out = Path(out)
     folders = [out] if len(recipe.data) == 1 else [out / str(i) for i in range(len(recipe.data))]
     return [
-        _pack_entry(recipe, entry, model, folder, count, shard, progress)
+        _pack_entry(recipe, entry, model, folder, work)
         for entry, folder in zip(recipe.data, folders, strict=True)
     ]
 
 
 def _pack_entry(
-    recipe: StageTwoRecipe,
-    entry: Data,
-    model: UnifiedModel,
-    folder: Path,
-    count: int,
-    shard: int,
-    progress: Callable[[str, int, int], None] | None,
+    recipe: StageTwoRecipe, entry: Data, model: UnifiedModel, folder: Path, work: Work
 ) -> Packed:
-    source = mixture(
-        [entry],
-        size=model.tokenizer.spec.image_size,
-        seed=recipe.seed,
-        place=Place(),
-        questions=recipe.questions_per_image,
-    )
-    manifest: dict[str, Any] = {
+    source = _source(recipe, entry, model.tokenizer.spec.image_size)
+    manifest = {
         "format": FORMAT,
         "identity": identity(model),
         "source": entry.model_dump(mode="json", exclude={"weight"}),
         "seed": recipe.seed,
         "questions_per_image": recipe.questions_per_image,
-        "captioned": source.sources[0].captioned,
-        "questioned": source.sources[0].questioned,
-        "shards": [],
-        "state": {},
+        "captioned": source.captioned,
+        "questioned": source.questioned,
+        "shard": work.shard,
     }
+    _claim(manifest, folder, work.place)
+    there = written_shards(folder)
+    own = work.own(work.missing(there))
+    if own:
+        _go_to(source, own[0] * work.shard, there)
+    written = 0
+    for done, number in enumerate(own, start=1):
+        places = work.places(number)
+        samples = _read(source, places)
+        notes = {"first": str(places.start), "stop": str(places.stop)}
+        if state := source.state():
+            notes["state"] = json.dumps(state)
+        _write_shard(samples, model, shard_path(folder, number), {**_notes(manifest), **notes})
+        written += len(samples)
+        if work.progress:
+            work.progress(f"packing {folder.name}", done, len(own))
+    return _report(folder, work, written)
+
+
+def _source(recipe: StageTwoRecipe, entry: Data, size: int) -> Source:
+    if isinstance(entry, StreamData):
+        return RowSource(entry, size=size, seed=recipe.seed, questions=recipe.questions_per_image)
+    mixed = mixture(
+        [entry], size=size, seed=recipe.seed, place=Place(), questions=recipe.questions_per_image
+    )
+    return mixed.sources[0]
+
+
+def _read(source: Source, places: range) -> list[Sample]:
+    if isinstance(source, RowSource):
+        return source.read(places)
+    return [source.at(place) for place in places]
+
+
+def _go_to(source: Source, place: int, there: Mapping[int, Shard]) -> None:
+    """Start a stream behind the last shard before `place` instead of at its beginning."""
+    before = [shard for shard in there.values() if shard.state and shard.stop <= place]
+    if before and before[-1].state:
+        source.restore(before[-1].state)
+
+
+def _claim(manifest: Mapping[str, Any], folder: Path, place: Place) -> None:
+    """Say what the folder holds; raises CheckpointError if it is something else."""
     if (folder / MANIFEST).is_file():
-        manifest = _continued(manifest, folder)
-    if manifest["state"]:
-        source.restore(manifest["state"])
-    first = done = sum(entry["count"] for entry in manifest["shards"])
-    while done < count:
-        places = range(done, min(done + shard, count))
-        name = f"shard-{len(manifest['shards']):05d}.safetensors"
-        _write_shard([source.at(place) for place in places], model, folder / name, manifest)
-        # Only after the shard is there; the state is that of a stream behind its last sample.
-        manifest["shards"].append({"name": name, "count": len(places)})
-        manifest["state"] = source.state()
+        there = read_manifest(folder)
+        for key in ("identity", "source", "seed", "questions_per_image", "shard"):
+            if there.get(key) != manifest[key]:
+                raise CheckpointError(
+                    f"{folder} holds a pack that differs in {key}: choose another folder, or "
+                    "delete it"
+                )
+    elif place.rank == 0:
         write_json(manifest, folder / MANIFEST)
-        done = places.stop
-        if progress:
-            progress(f"packing {folder.name}", done, count)
-    size = sum((folder / shard["name"]).stat().st_size for shard in manifest["shards"])
-    return Packed(folder, done, done - first, size)
 
 
-def _continued(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The manifest that is there, if it is of the same data and the same tokenizer stack."""
-    there = read_manifest(folder)
-    for key in ("identity", "source", "seed", "questions_per_image"):
-        if there.get(key) != manifest[key]:
-            raise CheckpointError(
-                f"{folder} holds a pack that differs in {key}: choose another folder, or delete it"
-            )
-    return there
+def _report(folder: Path, work: Work, written: int) -> Packed:
+    shards = written_shards(folder)
+    count = sum(shard.count for shard in shards.values())
+    places = sum(shard.stop - shard.first for shard in shards.values())
+    complete = (folder / MANIFEST).is_file() and not work.missing(shards)
+    if complete and not count:
+        raise InputError(
+            f"none of {places} images could be read: check path, split and image column of data"
+        )
+    size = sum(shard.path.stat().st_size for shard in shards.values())
+    return Packed(folder, count, places - count, written, size, complete)
+
+
+def _notes(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": FORMAT, "identity": json.dumps(manifest["identity"], sort_keys=True)}
 
 
 def _write_shard(
-    samples: Sequence[Sample], model: UnifiedModel, path: Path, manifest: dict[str, Any]
+    samples: Sequence[Sample], model: UnifiedModel, path: Path, notes: Mapping[str, str]
 ) -> None:
     features, codes = [], []
     for start in range(0, len(samples), BATCH):
@@ -127,6 +217,10 @@ def _write_shard(
         read, written = model.encode_image(pixels.to(model.device))
         features.append(read.cpu())
         codes.append(written.cpu().int())
+    if not samples:  # a black picture says what shapes nothing has
+        size = model.tokenizer.spec.image_size
+        read, written = model.encode_image(torch.zeros(1, 3, size, size, device=model.device))
+        features, codes = [read.cpu()[:0]], [written.cpu().int()[:0]]
     texts = [{"caption": s.caption, "questions": list(s.questions)} for s in samples]
     save_safetensors(
         {
@@ -135,5 +229,5 @@ def _write_shard(
             "texts": torch.from_numpy(np.frombuffer(json.dumps(texts).encode(), np.uint8).copy()),
         },
         path,
-        {"format": FORMAT, "identity": json.dumps(manifest["identity"], sort_keys=True)},
+        notes,
     )

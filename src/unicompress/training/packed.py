@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unicompress.checkpoint import fingerprint, load_safetensors, read_json
@@ -17,10 +18,41 @@ from unicompress.tokens import EncodedImages
 from unicompress.training.sample import Sample, Source
 from unicompress.unified import UnifiedModel
 
-FORMAT = "unicompress-pack-1"
+FORMAT = "unicompress-pack-2"
 MANIFEST = "pack.json"
+PREFIX, SUFFIX = "shard-", ".safetensors"
 HELD = 4  # shards kept in memory by one source
 NO_PIXELS = np.empty((0, 0, 3), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a pack: the samples of the places from `first` to before `stop`.
+
+    The files themselves say what a pack holds, so that processes can write it side by side.
+    """
+
+    path: Path
+    number: int
+    first: int
+    stop: int
+    count: int  # samples, fewer than places where images could not be read
+    state: dict[str, Any] | None = None  # of a stream behind its last place
+
+    @classmethod
+    def of(cls, path: Path) -> "Shard":
+        """From the file's header; raises CheckpointError where it is damaged or foreign."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                notes = file.metadata() or {}
+                count = int(file.get_slice("codes").get_shape()[0])
+            state = json.loads(notes["state"]) if "state" in notes else None
+            number = int(path.stem.removeprefix(PREFIX))
+            return cls(path, number, int(notes["first"]), int(notes["stop"]), count, state)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or no shard of a pack ({error}): delete it and pack again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -41,10 +73,10 @@ class PackedSource(Source):
         self.path = Path(path)
         self.questions = questions
         self.manifest = read_manifest(self.path)
-        self.counts = [int(shard["count"]) for shard in self.manifest["shards"]]
-        if not self.counts:
+        self.shards = _in_order(self.path)
+        self.starts = np.cumsum([0, *(shard.count for shard in self.shards)])
+        if not len(self):
             raise CheckpointError(f"{self.path} holds no sample yet: let pack finish")
-        self.starts = np.cumsum([0, *self.counts])
         self.captioned = bool(self.manifest["captioned"])
         self.questioned = bool(self.manifest["questioned"])
         self._held: OrderedDict[int, tuple[EncodedImages, list[dict[str, Any]]]] = OrderedDict()
@@ -71,19 +103,43 @@ class PackedSource(Source):
 
     def _shard(self, number: int) -> tuple[EncodedImages, list[dict[str, Any]]]:
         if number not in self._held:
-            path = self.path / self.manifest["shards"][number]["name"]
+            path = self.shards[number].path
             tensors, notes = load_safetensors(path)
             if notes.get("identity") != json.dumps(self.manifest["identity"], sort_keys=True):
                 raise CheckpointError(f"{path} belongs to another pack: pack the data again")
             texts = json.loads(tensors["texts"].numpy().tobytes().decode())
             images = EncodedImages(tensors["features"], tensors["codes"].long())
-            if not len(images) == len(texts) == self.counts[number]:
-                raise CheckpointError(f"{path} holds another number of samples than its manifest")
+            if not len(images) == len(texts) == self.shards[number].count:
+                raise CheckpointError(f"{path} holds another number of samples than of texts")
             self._held[number] = (images, texts)
             if len(self._held) > HELD:
                 self._held.popitem(last=False)
         self._held.move_to_end(number)
         return self._held[number]
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard is written."""
+    return folder / f"{PREFIX}{number:05d}{SUFFIX}"
+
+
+def written_shards(folder: Path) -> dict[int, Shard]:
+    """The shards that are there, complete each, by number and in order."""
+    shards = [Shard.of(path) for path in folder.glob(f"{PREFIX}*{SUFFIX}")]
+    return {shard.number: shard for shard in sorted(shards, key=lambda shard: shard.number)}
+
+
+def _in_order(folder: Path) -> list[Shard]:
+    """All shards; raises CheckpointError where one in between is missing or cut short."""
+    place, shards = 0, list(written_shards(folder).values())
+    for number, shard in enumerate(shards):
+        if (shard.number, shard.first) != (number, place):
+            raise CheckpointError(
+                f"{folder} is not packed to its end, samples from {place} on are missing: run the "
+                "same unicompress pack again, which goes on"
+            )
+        place = shard.stop
+    return shards
 
 
 def to_images(samples: Sequence[Sample]) -> EncodedImages:

@@ -76,8 +76,8 @@ class Unified(Host):
 
     def _prompt(self, model: Any, width: int, encoder: Signals, text: Tensor) -> Prompt:
         layout = model.understanding_layout
-        # The image ends with its EOS; its local tokens stand right before that.
-        columns = torch.arange(width - 1 - layout.local_count, width - 1, device=text.device)
+        # The image stands last among its embeddings, behind what opens a prompt.
+        columns = torch.tensor(layout.local_places, device=text.device) + width - layout.length
         fields = tuple(
             ImageField(row, columns, layout.grid, encoder.of(row)) for row in range(len(text))
         )
