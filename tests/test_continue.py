@@ -69,10 +69,36 @@ def test_refining_trains_the_decompressor_alone(parts: Path) -> None:
     assert all(name.startswith("decompressor.") for name in changed)
 
 
-def test_refining_keeps_the_options() -> None:
-    values = {**COMMON, "out": "o", "tokenizer": "t", "refine": "c", "codec": {"stride": 4}}
-    with pytest.raises(RecipeError, match="leave codec out"):
-        parse_recipe(StageOneRecipe, values, "r.yaml")
+def test_a_new_decompressor_for_the_same_codes(parts: Path, tmp_path: Path) -> None:
+    recipe = StageOneRecipe(
+        out=str(tmp_path / "new"),
+        tokenizer=str(parts / "host"),
+        refine=str(parts / "codec"),
+        codec={"order": "parallel", "head": "regression", "width": 8},
+        **COMMON,
+    )
+    train_stage_one(recipe)
+    new = ImageCodec.from_pretrained(tmp_path / "new" / "final", load_tokenizer(parts / "host"))
+    before, after = codec_of(parts, "codec").state_dict(), new.state_dict()
+    kept = [name for name in before if not name.startswith("decompressor.")]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert (new.spec.order, new.spec.head, new.spec.global_count) == ("parallel", "regression", 2)
+    model = UnifiedModel.from_pretrained(parts / "two" / "final")
+    codes = model.draw_codes(["a", "b"], seed=1)
+    ship(parts / "two" / "final", tmp_path / "shipped", tmp_path / "new" / "final")
+    shipped = UnifiedModel.from_pretrained(tmp_path / "shipped").float()
+    assert shipped.codec is not None
+    assert shipped.codec.spec == new.spec
+    restored = new.decompress(codes)
+    torch.testing.assert_close(shipped.codec.decompress(codes), restored, rtol=0.05, atol=0.05)
+
+
+def test_refining_keeps_the_codes(parts: Path, tmp_path: Path) -> None:
+    values = {**COMMON, "out": str(tmp_path / "o"), "tokenizer": str(parts / "host")}
+    values |= {"refine": str(parts / "codec"), "codec": {"stride": 4}}
+    with pytest.raises(RecipeError, match=r"codec\.stride would change the codes"):
+        train_stage_one(parse_recipe(StageOneRecipe, values, "r.yaml"))
 
 
 def test_shipping_joins_model_and_refined_decompressor(parts: Path, tmp_path: Path) -> None:

@@ -17,6 +17,19 @@ CHOICES = {
     "head": HEADS,
 }
 
+# What the codes of an image depend on; all else concerns the decompressor or the training alone.
+OF_THE_CODES = (
+    "stride",
+    "global_count",
+    "global_kind",
+    "compressor",
+    "global_codebook",
+    "local_codebook",
+    "global_codebook_size",
+    "local_codebook_size",
+    "strides",
+)
+
 
 @dataclass(frozen=True)
 class CodecSpec:
@@ -68,6 +81,10 @@ class CodecSpec:
     def identity(self) -> bool:
         """Whether nothing is compressed: stride 1 and no global tokens."""
         return self.rates == (1,) and self.global_count == 0
+
+    def same_codes(self, other: "CodecSpec") -> bool:
+        """Whether both make codes in the same way, whatever expands them."""
+        return all(getattr(self, name) == getattr(other, name) for name in OF_THE_CODES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON."""

@@ -128,10 +128,10 @@ class UnifiedBase(PreTrainedModel):
     def use_decompressor(self, codec: ImageCodec) -> None:
         """Take over the decompressor of a plug-in that was refined after this model was trained.
 
-        Raises InputError unless all that the codes depend on is equal, since the language model
-        writes these codes.
+        It may be of another order, head or size. Raises InputError unless all that the codes depend
+        on is equal, since the language model writes these codes.
         """
-        if self.codec is None or codec.spec != self.codec.spec:
+        if self.codec is None or not codec.spec.same_codes(self.codec.spec):
             raise InputError("only the same plug-in, trained further, can replace this model's")
         own, other = self.codec.state_dict(), codec.state_dict()
         for name, tensor in own.items():
@@ -140,7 +140,10 @@ class UnifiedBase(PreTrainedModel):
                     f"the plug-in differs in {name}, so its codes mean something else to this "
                     "language model: refine the plug-in that it was trained with"
                 )
-        self.codec.load_state_dict(other)
+        joined = ImageCodec(self.tokenizer, codec.spec).to(next(self.codec.parameters()).dtype)
+        joined.load_state_dict(other)
+        self.codec = joined.to(self.tokenizer.device).requires_grad_(False).eval()
+        self.config.codec = codec.spec.to_dict()
 
     def embed_stream(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n e"]:
         """Codes of one stream to the rows that the decompressor, or the host's decoder, reads."""

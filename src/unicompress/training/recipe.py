@@ -159,13 +159,9 @@ class StageOneRecipe(LoopRecipe):
     codec: dict[str, Any] = Field(default_factory=dict)  # fields of CodecSpec that differ from it
     random_rate: bool = False  # train all strides of the codec, and prefixes of G if nested
     calibrate_images: int = Field(default=256, gt=0)
-    refine: str | None = None  # a trained plug-in: its decompressor alone learns on, its codes stay
-
-    @model_validator(mode="after")
-    def _options_of_the_refined(self) -> "StageOneRecipe":
-        if self.refine is not None and self.codec:
-            raise ValueError("a refined plug-in keeps its options: leave codec out")
-        return self
+    # A trained plug-in whose codes stay: its decompressor alone learns on, or with `codec`, which
+    # then holds options of the decompressor that differ, a new one from the start.
+    refine: str | None = None
 
 
 class LanguageModelRecipe(Strict):

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unicompress.codec import PRESETS, CodecLoss, CodecSpec, ImageCodec
+from unicompress.codec_spec import OF_THE_CODES
 from unicompress.errors import RecipeError
 from unicompress.evals.image_metrics import psnr
 from unicompress.tokenizers.base import ImageTokenizer
@@ -93,9 +94,8 @@ class StageOne(Objective[ImageBatch]):
 
 def train_stage_one(recipe: StageOneRecipe, *, resume: bool = False) -> LoopResult:
     """Run the stage; a complete run leaves the plug-in in `<out>/final`, the host as it was."""
-    spec = codec_spec(recipe)
     host = load_tokenizer(recipe.tokenizer, recipe.checkpoint).freeze()
-    codec = build_codec(host, spec, recipe)
+    codec = build_codec(host, recipe) if recipe.refine is None else refined_codec(host, recipe)
     size = host.spec.image_size
     stage = StageOne(codec, recipe)
     result = fit(stage, lambda place: ImageBatches(recipe, size, place), recipe, resume=resume)
@@ -115,22 +115,48 @@ def codec_spec(recipe: StageOneRecipe) -> CodecSpec:
     return spec
 
 
-def build_codec(host: ImageTokenizer, spec: CodecSpec, recipe: StageOneRecipe) -> ImageCodec:
-    """A plug-in with its starting point set from images of the recipe's data.
-
-    One to refine comes as it was trained, with everything frozen that its codes depend on, so that
-    a language model trained on these codes stays valid.
-    """
-    if recipe.refine is not None:
-        trained = ImageCodec.from_pretrained(recipe.refine, host).requires_grad_(False).train()
-        if trained.decompressor is None:
-            raise RecipeError(f"{recipe.refine} compresses nothing: it has no decompressor")
-        trained.decompressor.requires_grad_(True)
-        return trained
+def build_codec(host: ImageTokenizer, recipe: StageOneRecipe) -> ImageCodec:
+    """A plug-in with its starting point set from images of the recipe's data."""
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(recipe.seed, 0))
-        codec = ImageCodec(host, spec)
+        codec = ImageCodec(host, codec_spec(recipe))
+    codec.calibrate(*_calibration(host, recipe))
+    return codec
+
+
+def refined_codec(host: ImageTokenizer, recipe: StageOneRecipe) -> ImageCodec:
+    """The plug-in `recipe.refine`, with all frozen that its codes depend on.
+
+    So a language model trained on these codes stays valid. The decompressor is the trained one, or
+    a new one where the recipe gives it other options. RecipeError for options of the codes.
+    """
+    assert recipe.refine is not None  # the caller asked
+    trained = ImageCodec.from_pretrained(recipe.refine, host)
+    check_keys(recipe.codec, (field.name for field in dataclasses.fields(CodecSpec)), "codec")
+    spec = dataclasses.replace(trained.spec, **tuples(recipe.codec))
+    if not spec.same_codes(trained.spec):
+        changed = next(n for n in OF_THE_CODES if getattr(spec, n) != getattr(trained.spec, n))
+        raise RecipeError(
+            f"codec.{changed} would change the codes, which stay: train a new plug-in"
+        )
+    codec = trained
+    if recipe.codec:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(recipe.seed, 0))
+            codec = ImageCodec(host, spec)
+        codec.calibrate(*_calibration(host, recipe))
+        kept = {n: t for n, t in trained.state_dict().items() if not n.startswith("decompressor.")}
+        codec.load_state_dict(kept, strict=False)
+    if codec.decompressor is None:
+        raise RecipeError(f"{recipe.refine} compresses nothing: it has no decompressor")
+    codec.requires_grad_(False).train()
+    codec.decompressor.requires_grad_(True)
+    return codec
+
+
+def _calibration(
+    host: ImageTokenizer, recipe: StageOneRecipe
+) -> tuple[Float[Tensor, "b 3 h w"], torch.Generator]:
     images = ImageBatches(recipe, host.spec.image_size, Place())
     pixels = images.some(recipe.calibrate_images, start=CALIBRATION)
-    codec.calibrate(pixels, torch.Generator().manual_seed(seed_of(recipe.seed, 1)))
-    return codec
+    return pixels, torch.Generator().manual_seed(seed_of(recipe.seed, 1))
