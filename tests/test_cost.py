@@ -40,7 +40,7 @@ PARAMETERS = {
 def test_tasks_take_turns_and_warm_up_runs_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     ticks = itertools.count()
-    monkeypatch.setattr(cost, "clock", lambda: float(next(ticks)))
+    monkeypatch.setattr(cost, "now", lambda: float(next(ticks)))
     told: list[tuple[str, int, int]] = []
     tasks = {"dense": lambda: order.append("d"), "compressed": lambda: order.append("c")}
     seconds = take_turns(

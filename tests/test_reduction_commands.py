@@ -1,6 +1,7 @@
 """The matched-budget table and the command that draws what is kept."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,16 @@ from saved_pair import save_tiny_pair
 from unicompress.checkpoint import read_json
 from unicompress.cli import app
 from unicompress.cli.reduce import shade
-from unicompress.evals.reduction_table import CONTROLS, PerQuestion, fitted, main, overhead, table
+from unicompress.evals.reduction_table import (
+    CONTROLS,
+    MODULE,
+    PerQuestion,
+    fitted,
+    main,
+    overhead,
+    shown,
+    table,
+)
 from unicompress.evals.understanding import QuestionSet
 from unicompress.reducers.base import reducers
 
@@ -71,11 +81,18 @@ def test_the_table_is_written_as_a_result(saved: Path, tmp_path: Path) -> None:
         value["dense"]["understanding_accuracy"]
         == details["all_tokens"]["accuracy"]["overall"]["mean"]
     )
+    words = [*arguments, "--methods", "tome", "--json", str(path)]
+    assert value["command"] == shlex.join(["python", "-m", MODULE, *words])
+    (accuracies,) = value["details"]["tables"]  # no overhead was asked for
+    assert accuracies["columns"] == ["method", "keep 0.5", "prompt cheaper by"]
+    assert [row[0] for row in accuracies["rows"]] == [*CONTROLS, "tome"]
     assert main([*arguments, "--methods", "tomee", "--json", str(path)]) == 2
 
 
 def test_overhead_is_a_share_of_the_prompt() -> None:
     found = overhead("tiny", side=8, text=4, repeats=1)
+    (costs,) = shown([], found)[1:]
+    assert [row[0] for row in costs["rows"]] == list(found["share_of_prefill"])
     assert found["tokens"] == 64
     seconds = found["seconds"]
     assert found["share_of_prefill"]["g2tr"] == seconds["g2tr"] / seconds["prefill"]

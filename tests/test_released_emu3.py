@@ -475,3 +475,9 @@ def test_features_are_refused(dense: UnifiedModel) -> None:
             text_tokenizer=dense.text,
             backbone=str(dense.config.backbone),
         )
+
+
+def test_codes_beside_the_vocabulary_are_not_exported(dense: UnifiedModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="beside its vocabulary"):
+        dense.export_causal_lm(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()

@@ -111,12 +111,20 @@ class ImageCodec(CodecStages):
             dense = self.tokenizer.encode(pixels)
             if self.global_tokens is not None:
                 self.global_tokens.calibrate(dense, grid)
-            if self.decompressor is not None:
-                self.decompressor.calibrate(self.requantizer.code_space(dense))
+            self._calibrate_decompressor(dense)
             tokens = self.compress(dense, grid=grid)
             streams = {"global": tokens.global_tokens, "local": tokens.local_tokens}
             for stream, field in streams.items():
                 self.requantizer.initialize(field, stream, generator)
+
+    def calibrate_decompressor(self, pixels: Float[Tensor, "b 3 h w"]) -> None:
+        """The part of `calibrate` that a new decompressor for old codes needs."""
+        with torch.no_grad(), quiet(self.tokenizer):
+            self._calibrate_decompressor(self.tokenizer.encode(pixels))
+
+    def _calibrate_decompressor(self, dense: Float[Tensor, "b t d"]) -> None:
+        if self.decompressor is not None:
+            self.decompressor.calibrate(self.requantizer.code_space(dense))
 
     def update_codebooks(self, loss: CodecLoss, generator: torch.Generator) -> int:
         """Move separate codebooks towards the tokens of a step; call after the optimiser's step.

@@ -1,5 +1,7 @@
 """Local tokens: the field pooled over cells (eq. 3), and the variants of the paper's Table 4."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from unicompress.registry import Family, Member
 from unicompress.tokens import Grid
 
 
-class Compressor(nn.Module, Member):
+class Compressor(nn.Module, Member, ABC):
     """Turns X into one token per cell; the identity at stride 1, cells at odd edges are smaller.
 
     A subclass writes `pool`, which only sees strides above 1. Learned ones start as the mean.
@@ -33,9 +35,9 @@ class Compressor(nn.Module, Member):
             )
         return dense if self.stride == 1 else self.pool(dense, grid)
 
+    @abstractmethod
     def pool(self, dense: Float[Tensor, "b t d"], grid: Grid) -> Float[Tensor, "b m d"]:
         """One token per cell, cells in raster order."""
-        raise NotImplementedError
 
 
 compressors: Family[Compressor] = Family("compressor", home="unicompress.compressors")

@@ -124,8 +124,14 @@ def export_plain_lm(
     What follows the prompt is eq. 5: `<img:global:7>` stands for the globals where they have a
     codebook of their own. `image_slots.json` tells servers what is allowed in each place. Reading
     images is not part of the export: their continuous tokens are no vocabulary entries. Raises
-    InputError for several codes per token.
+    InputError for several codes per token, and for a released model whose codes are no entries of
+    the vocabulary it came with.
     """
+    if not space.in_vocabulary:
+        raise InputError(
+            "the codes of this model stand beside its vocabulary, which a plain language model "
+            "cannot express: keep it as a unified model"
+        )
     if space.codes_per_token != 1:
         raise InputError(
             f"only a model with one code per token is a plain language model, this one has "

@@ -1,5 +1,7 @@
 """Global tokens: a few learned queries that read the whole field (eq. 1-2), and variants."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from unicompress.tokens import Grid
 QUERY_STD = 0.05  # small beside the attention output, so that eq. 2 keeps what the image says
 
 
-class GlobalTokens(nn.Module, Member):
+class GlobalTokens(nn.Module, Member, ABC):
     """Reads X and returns G; X itself passes through unchanged.
 
     A subclass writes `read`, which returns G before its normalisation, and `rescale`.
@@ -51,17 +53,17 @@ class GlobalTokens(nn.Module, Member):
             return dense[:, :0]
         return self.norm(self.read(dense, grid) + self.slots)[:, :count]
 
+    @abstractmethod
     def read(self, dense: Float[Tensor, "b t d"], grid: Grid) -> Float[Tensor, "b g d"]:
         """G of all slots, before slot embedding and normalisation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rescale(self, factor: Float[Tensor, " d"]) -> None:
         """Multiply, in the weights, the channels of what `read` takes from the image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def standardize(self, mean: Float[Tensor, " d"], std: Float[Tensor, " d"]) -> None:
         """Fold (X - mean) / std into the weights that read X."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def calibrate(self, dense: Float[Tensor, "b t d"], grid: Grid) -> None:

@@ -85,19 +85,14 @@ def take_turns(
     for turn in range(warmup + repeats):
         order = list(tasks)[:: 1 if turn % 2 == 0 else -1]
         for name in order:
-            start = clock()
+            start = now()
             tasks[name]()
-            spent = clock() - start
+            spent = now() - start
             if turn >= warmup:
                 seconds[name].append(spent)
         if progress:
             progress(label, turn + 1, warmup + repeats)
     return seconds
-
-
-def clock() -> float:
-    """Seconds; work that a GPU still has to do is waited for."""
-    return now()
 
 
 def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from unicompress.codec import CodecSpec
 from unicompress.errors import InputError
-from unicompress.evals.cost import Pair, clock
+from unicompress.evals.cost import Pair
 from unicompress.evals.language_models import lm_config, random_codec, random_pair
-from unicompress.generate import Sampling, noise
+from unicompress.generate import Sampling, noise, now
 from unicompress.tokenizers.base import ImageTokenizer
 from unicompress.unified import UnifiedModel
 
@@ -244,13 +244,13 @@ def _parts(pair: Pair, batch: int, sampling: Sampling) -> dict[str, Callable[[],
 def _medians(tasks: dict[str, Callable[[], object]], budget: float) -> dict[str, float]:
     """Medians of interleaved rounds, as many as the budget allows; the first does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    began = clock()
+    began = now()
     for turn in range(ROUNDS + 1):
         for name, task in tasks.items():
-            start = clock()
+            start = now()
             task()
             if turn:
-                seconds[name].append(clock() - start)
-        if turn > 2 and clock() - began > budget:
+                seconds[name].append(now() - start)
+        if turn > 2 and now() - began > budget:
             break
     return {name: statistics.median(values) for name, values in seconds.items()}

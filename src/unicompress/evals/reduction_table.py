@@ -11,6 +11,7 @@ reference model has none, and its language model's first layer answers instead.
 
 import argparse
 import inspect
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from unicompress.reducers.hosts.unified import Unified
 from unicompress.tokens import Grid
 from unicompress.unified import UnifiedModel
 
+MODULE = "unicompress.evals.reduction_table"
 KEEPS = (0.5, 0.25, 0.125)
 CONTROLS = ("average_pool", "random", "uniform", "window_top_k")
 DEPTHS = {"fastv": 2, "window_fastv": 2, "dart": 5}  # layers of the official cuts
@@ -237,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args(arguments)
     try:
-        result = run(given)
+        words = sys.argv[1:] if arguments is None else arguments
+        result = run(given, shlex.join(["python", "-m", MODULE, *words]))
     except UnicompressError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -245,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(given: argparse.Namespace) -> Result:
+def run(given: argparse.Namespace, command: str) -> Result:
     """The table and, where asked for, the overhead, as one result."""
     model = _load(given.model)
     size = model.tokenizer.spec.image_size
@@ -263,12 +266,9 @@ def run(given: argparse.Namespace) -> Result:
         batch=given.batch,
         progress=_say,
     )
-    words = [
-        f"--model {given.model} --task {given.task} --questions {given.questions}",
-        f"--keep {' '.join(map(str, given.keep))} --json {given.json}",
-    ]
+    spent = overhead(given.overhead) if given.overhead else None
     return Result(
-        command=" ".join(["python -m unicompress.evals.reduction_table", *words]),
+        command=command,
         dense=Figures(
             tokens_per_image=model.tokens_per_image,
             interface_tokens=model.interface_tokens,
@@ -282,10 +282,42 @@ def run(given: argparse.Namespace) -> Result:
                 "questions": len(everything.correct),
                 "all_tokens": everything.summary(),
                 "rows": rows,
-                "overhead": overhead(given.overhead) if given.overhead else None,
-            }
+                "overhead": spent,
+            },
+            "tables": shown(rows, spent),
         },
     )
+
+
+def shown(rows: Sequence[Row], spent: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The tables of the results page: accuracies by budget, and what reducers cost themselves."""
+    keeps = list(dict.fromkeys(row.keep for row in rows))
+    lines: dict[str, list[Any]] = {}
+    for row in rows:
+        name = row.method.partition("(")[0] + (" *" if row.stand_in else "")
+        lines.setdefault(name, [name]).extend([row.accuracy, row.prefill_ratio])
+    columns = [column for keep in keeps for column in (f"keep {keep:g}", "prompt cheaper by")]
+    tables = [
+        {
+            "title": "Reducers without training",
+            "note": "`*`: the first layer of the language model stands in for an encoder.",
+            "columns": ["method", *columns],
+            "rows": list(lines.values()),
+        }
+    ]
+    if spent is not None:
+        tables.append(
+            {
+                "title": f"What a reducer costs, as a share of the prefill ({spent['lm']})",
+                "note": f"{spent['tokens']} image tokens and {spent['text']} of text, half kept.",
+                "columns": ["method", "share of prefill", "share of what it saves"],
+                "rows": [
+                    [name, share, spent["share_of_saving"][name]]
+                    for name, share in spent["share_of_prefill"].items()
+                ],
+            }
+        )
+    return tables
 
 
 def _load(name: str) -> UnifiedModel:

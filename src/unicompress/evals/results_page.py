@@ -162,7 +162,6 @@ def _section(experiment: Experiment) -> str:
         if any(experiment.values("details", key, side) for side in ("dense", "compressed"))
     ]
     blocks.append(_breakdown(experiment))
-    blocks.append(_reduction(experiment))
     for extra in details.get("tables") or []:
         rows = [[_plain(value) for value in row] for row in extra["rows"]]
         title, note = extra.get("title", ""), extra.get("note", "")
@@ -298,24 +297,6 @@ def _breakdown(experiment: Experiment) -> str:
     return "### Where the drawing time goes (dense total = 1)\n\n" + table(
         ["", "dense", "compressed"], rows
     )
-
-
-def _reduction(experiment: Experiment) -> str:
-    """Accuracy of training-free reducers at every budget, the share of tokens that they keep."""
-    found = experiment.values("details", "reduction", "rows")
-    if not found:
-        return ""
-    keeps = sorted({row["keep"] for row in found[0]}, reverse=True)
-    rows: dict[str, list[str]] = {}
-    for row in found[0]:
-        name = str(row["method"]).partition("(")[0] + (" *" if row["stand_in"] else "")
-        cells = rows.setdefault(name, [name])
-        cells += [cell([row["accuracy"]]), f"{number(row['prefill_ratio'])}"]
-    columns = ["method"]
-    for keep in keeps:
-        columns += [f"keep {keep:g}", "prompt cheaper by"]
-    note = "`*`: the first layer of the language model stands in for a vision encoder's attention."
-    return f"### Reducers without training\n\n{note}\n\n{table(columns, list(rows.values()))}"
 
 
 def _ablation(axis: str, experiments: Sequence[Experiment]) -> str:

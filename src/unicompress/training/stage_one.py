@@ -120,7 +120,8 @@ def build_codec(host: ImageTokenizer, recipe: StageOneRecipe) -> ImageCodec:
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(recipe.seed, 0))
         codec = ImageCodec(host, codec_spec(recipe))
-    codec.calibrate(*_calibration(host, recipe))
+    draw = torch.Generator().manual_seed(seed_of(recipe.seed, 1))
+    codec.calibrate(_calibration(host, recipe), draw)
     return codec
 
 
@@ -144,9 +145,9 @@ def refined_codec(host: ImageTokenizer, recipe: StageOneRecipe) -> ImageCodec:
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(recipe.seed, 0))
             codec = ImageCodec(host, spec)
-        codec.calibrate(*_calibration(host, recipe))
         kept = {n: t for n, t in trained.state_dict().items() if not n.startswith("decompressor.")}
         codec.load_state_dict(kept, strict=False)
+        codec.calibrate_decompressor(_calibration(host, recipe))
     if codec.decompressor is None:
         raise RecipeError(f"{recipe.refine} compresses nothing: it has no decompressor")
     codec.requires_grad_(False).train()
@@ -154,9 +155,6 @@ def refined_codec(host: ImageTokenizer, recipe: StageOneRecipe) -> ImageCodec:
     return codec
 
 
-def _calibration(
-    host: ImageTokenizer, recipe: StageOneRecipe
-) -> tuple[Float[Tensor, "b 3 h w"], torch.Generator]:
+def _calibration(host: ImageTokenizer, recipe: StageOneRecipe) -> Float[Tensor, "b 3 h w"]:
     images = ImageBatches(recipe, host.spec.image_size, Place())
-    pixels = images.some(recipe.calibrate_images, start=CALIBRATION)
-    return pixels, torch.Generator().manual_seed(seed_of(recipe.seed, 1))
+    return images.some(recipe.calibrate_images, start=CALIBRATION)
