@@ -131,6 +131,15 @@ def test_overrides_go_to_the_named_stage(toy: Path) -> None:
     assert [stage.samples for stage in plan.stages] == [800, 320, 80]
 
 
+def test_overrides_go_to_the_section_in_the_name(toy: Path) -> None:
+    plan = dry_run("stage-two", f"{toy}#fine-tune", ["steps=7"])
+    assert [(p.stage, p.samples) for p in plan.stages] == [
+        ("stage-one", 100 * 8),
+        ("stage-two", 10 * 16),
+        ("fine-tune", 7 * 16),
+    ]
+
+
 def test_what_cannot_be_tried_out_is_said_in_one_line(toy: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.yaml"
     alone.write_text(yaml.safe_dump(yaml.safe_load(TOY)["fine-tune"]))

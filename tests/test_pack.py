@@ -4,7 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     spec = CodecSpec(width=16, depth=1, heads=2, global_count=2)
     ImageCodec(host, spec).save_pretrained(folder / "codec")
     return folder / "host", folder / "codec"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the forked processes: another number of threads sums in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -394,6 +404,12 @@ def test_another_host_or_plug_in_is_refused(
     dense = build_model(given.model_copy(update={"codec": None}))
     with pytest.raises(HostMismatchError, match="plug_in_fingerprint"):
         check_packed([str(folder)], dense)
+    # A compressor without weights changes codes and no tensor.
+    other = replace(model.codec.spec, compressor="max")
+    model.codec.spec, own = other, model.codec.spec
+    with pytest.raises(HostMismatchError, match="plug_in_fingerprint"):
+        check_packed([str(folder)], model)
+    model.codec.spec = own
     with pytest.raises(HostMismatchError, match="pack the data again"):
         train_stage_two(packed_recipe(given, folder).model_copy(update={"codec": None}))
     with pytest.raises(CheckpointError, match="differs in seed: choose another folder"):

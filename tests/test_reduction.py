@@ -268,6 +268,19 @@ def test_the_prompt_keeps_its_length_outside() -> None:
     assert tracker.last.length == length
 
 
+@pytest.mark.parametrize(
+    ("reducer", "message"),
+    [
+        (IVCPrune(keep=0.5, layer=-1), "has layers 0 to"),
+        (IVCPrune(keep=0.5, positions="reindex"), "cannot be renumbered"),
+    ],
+)
+def test_cuts_that_cannot_be_carried_out_are_refused(reducer: IVCPrune, message: str) -> None:
+    model = tiny("llava").model
+    with pytest.raises(InputError, match=message), reducer.on(model):
+        pass
+
+
 def test_ivc_prune_forgets_in_earlier_layers_too() -> None:
     model = tiny("llava")
     inputs = model.prompt([LONG], [1])

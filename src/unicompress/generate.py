@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -221,7 +221,7 @@ class _Columns:
         mask: Bool[Tensor, "b 1 l l"],
         positions: Int[Tensor, "b l"],
     ):
-        self.backbone, self.layout, self.start = backbone, layout, start
+        self.backbone = backbone
         self.mask, self.positions = mask, positions
         self.done = 0
         self.cache = backbone.new_cache(mask.shape[-1])
@@ -230,6 +230,7 @@ class _Columns:
             if getattr(backbone, "accelerators", None):
                 raise InputError("accelerators change shapes while drawing: use the engine eager")
             self.fixed = FixedCache(self.cache, mask.shape[-1], mask.device)
+        self.image = drawing(layout, start, mask.shape[-1])
 
     def __call__(self, fed: Float[Tensor, "b n h"]) -> Float[Tensor, "b n h"]:
         """Hidden states of the next columns."""
@@ -237,10 +238,10 @@ class _Columns:
         self.done = new.stop
         rows, places = self.mask[:, :, new], self.positions[:, new]
         if self.fixed is None:
-            image = drawing(self.layout, self.start, new.stop)
+            image = replace(self.image, keys=self.image.keys[: new.stop])
             return self.backbone(fed, rows[..., : new.stop], places, self.cache, image)
         self.fixed.put(torch.arange(new.start, new.stop, device=fed.device))
-        return self.backbone(fed, rows, places, self.fixed.cache)
+        return self.backbone(fed, rows, places, self.fixed.cache, self.image)
 
     def rest(
         self,
@@ -265,7 +266,7 @@ class _Columns:
         def step() -> None:
             fed = backbone.embed_codes(codes[:, None], "local")
             rows, places = self.mask.index_select(2, place), self.positions.index_select(1, place)
-            hidden = backbone(fed, rows, places, cache)
+            hidden = backbone(fed, rows, places, cache, self.image)
             choose = sampling.chooser(uniforms.index_select(1, index)[:, 0])
             codes.copy_(backbone.sample_codes(hidden[:, -1], "local", choose))
             found.index_copy_(1, index, codes[: len(found), None])

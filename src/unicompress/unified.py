@@ -262,7 +262,7 @@ class UnifiedModel(UnifiedBase):
             self.backbone,
             self.layout,
             ids,
-            unconditional=[self._unconditional_ids(prompt) for prompt in ids],
+            unconditional=[self._unconditional_ids(i) for i in ids] if sampling.guided else [],
             sampling=sampling,
             uniforms=noise(seeds, self.layout.tokens, codes_per_token),
             timings=timings,
@@ -359,7 +359,7 @@ class UnifiedModel(UnifiedBase):
         if config is None:
             values = read_json(folder / CONFIG)
             kind = values.get("model_type") if isinstance(values, dict) else None
-            if kind in releases.names():
+            if kind != cls.config_class.model_type and kind in releases.names():
                 spec = release or str(kind)
                 if spec.partition("(")[0] != kind:
                     raise InputError(f"{source} is a released {kind}: release cannot be {spec}")

@@ -44,7 +44,7 @@ class LMShape:
 # From the config.json of the released models. Qwen's bias terms are left out: they cost nothing.
 LMS = {
     "tiny": LMShape(64, 128, 2, 4, 2, 512, head_dim=16),
-    "reference": LMShape(192, 512, 4, 3, 3, 512),
+    "reference": LMShape(256, 704, 4, 4, 4, 512),
     "smollm2-135m": LMShape(576, 1536, 30, 9, 3, 49152),
     "smollm2-360m": LMShape(960, 2560, 32, 15, 5, 49152),
     "qwen2.5-0.5b": LMShape(896, 4864, 24, 14, 2, 151936),

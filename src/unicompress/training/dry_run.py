@@ -32,6 +32,7 @@ from unicompress.training.recipe import (
     StageTwoRecipe,
     load_recipe,
     sections,
+    split_section,
 )
 from unicompress.training.stage_one import codec_spec, train_stage_one
 from unicompress.training.stage_two import train_stage_two
@@ -91,17 +92,19 @@ class Plan:
 def dry_run(stage: str, path: Path | str, overrides: Sequence[str] = ()) -> Plan:
     """Try out a recipe: one stage, or all of them where the file has sections.
 
-    `overrides` go to the named stage. Raises RecipeError for a stage that cannot be tried out.
+    `overrides` go to the named stage, or to the section that follows a # in `path`. Raises
+    RecipeError for a stage that cannot be tried out.
     """
     found = sections(path)
     if stage not in SECTIONS:
         raise RecipeError(f"a dry run takes {' or '.join(SECTIONS)}, not {stage!r}")
+    file, named = split_section(path)
     names = [name for name in SECTIONS if name in found] if found else [stage]
     recipes = {}
     for name in names:
         kind = StageOneRecipe if name == "stage-one" else StageTwoRecipe
-        own = overrides if name == stage else ()
-        recipes[name] = load_recipe(kind, path, own, section=name)
+        own = overrides if name == (named or stage) else ()
+        recipes[name] = load_recipe(kind, file if found else path, own, section=name)
     with tempfile.TemporaryDirectory() as folder:
         losses = _toy_steps(recipes, Path(folder))
     plans = [_plan(name, recipe, recipes, losses[name]) for name, recipe in recipes.items()]

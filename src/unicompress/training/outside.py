@@ -1,7 +1,7 @@
 """Samples from elsewhere: easy-vqa, and the user's own images."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,10 +34,12 @@ class EasyVQASource(Source):
 class StreamSource(Source):
     """A stream of the user's images; it has an order of its own, so places are not asked for."""
 
+    kind: ClassVar[type[ImageStream]] = ImageStream
+
     def __init__(self, entry: StreamData, *, size: int, seed: int, place: Place, questions: int):
         given = entry.model_dump(exclude={"kind", "weight"})
         options = StreamOptions(**given)
-        self.stream = ImageStream(options, size, seed=seed, rank=place.rank, count=place.count)
+        self.stream = self.kind(options, size, seed=seed, rank=place.rank, count=place.count)
         self.captioned = entry.caption is not None
         self.questioned = entry.question is not None
         self.seed = seed

@@ -5,7 +5,7 @@ their number, is complete or not there, and depends on the recipe and k alone.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from unicompress.checkpoint import save_safetensors, write_json
 from unicompress.errors import CheckpointError, InputError, RecipeError
+from unicompress.evals.result import Progress
 from unicompress.training.feed import Place
 from unicompress.training.pack_rows import RowSource
 from unicompress.training.packed import (
@@ -33,7 +34,6 @@ from unicompress.training.samples import mixture, to_pixels
 from unicompress.unified import UnifiedModel
 
 BATCH = 16  # pictures that go through the tokenizer at once
-Told = Callable[[str, int, int], None]  # what is going on, how much is done, of how much
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Work:
     count: int  # places, from the first
     shard: int  # places of a file
     place: Place = field(default_factory=Place)
-    progress: Told | None = None
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         if min(self.count, self.shard) < 1:
@@ -99,7 +99,7 @@ def pack(
     count: int,
     shard: int = 1024,
     place: Place | None = None,
-    progress: Told | None = None,
+    progress: Progress | None = None,
 ) -> list[Packed]:
     """Write this process's shards of the first `count` samples of every entry of `recipe.data`.
 
@@ -116,19 +116,25 @@ def pack(
         raise RecipeError("the data are packed already: name the images in data")
     out = Path(out)
     folders = [out] if len(recipe.data) == 1 else [out / str(i) for i in range(len(recipe.data))]
+    who = identity(model)
     return [
-        _pack_entry(recipe, entry, model, folder, work)
+        _pack_entry(recipe, entry, model, who, folder, work)
         for entry, folder in zip(recipe.data, folders, strict=True)
     ]
 
 
 def _pack_entry(
-    recipe: StageTwoRecipe, entry: Data, model: UnifiedModel, folder: Path, work: Work
+    recipe: StageTwoRecipe,
+    entry: Data,
+    model: UnifiedModel,
+    who: dict[str, str],
+    folder: Path,
+    work: Work,
 ) -> Packed:
     source = _source(recipe, entry, model.tokenizer.spec.image_size)
     manifest = {
         "format": FORMAT,
-        "identity": identity(model),
+        "identity": who,
         "source": entry.model_dump(mode="json", exclude={"weight"}),
         "seed": recipe.seed,
         "questions_per_image": recipe.questions_per_image,

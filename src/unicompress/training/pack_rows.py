@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from unicompress.data.streams import ImageStream, StreamOptions, StreamSample, UnreadableError
+from unicompress.data.streams import ImageStream, StreamSample, UnreadableError
+from unicompress.training.feed import Place
 from unicompress.training.outside import StreamSource
 from unicompress.training.recipe import StreamData
 from unicompress.training.sample import Sample
@@ -34,16 +35,12 @@ class RowStream(ImageStream):
 class RowSource(StreamSource):
     """Rows of a stream in the order of one process, whoever reads them; it only goes forward."""
 
+    kind = RowStream
     stream: RowStream
 
     def __init__(self, entry: StreamData, *, size: int, seed: int, questions: int):
-        # Not the parent's: it would open the same stream a second time.
-        options = StreamOptions(**entry.model_dump(exclude={"kind", "weight"}))
-        self.stream = RowStream(options, size, seed=seed)
-        self.captioned = entry.caption is not None
-        self.questioned = entry.question is not None
-        self.seed = seed
-        self.questions = questions
+        # Every process walks over all rows, so none has a share of the stream.
+        super().__init__(entry, size=size, seed=seed, place=Place(), questions=questions)
         self.row = 0  # the next one
 
     def read(self, rows: range) -> list[Sample]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unicompress.checkpoint import fingerprint, load_safetensors, read_json
+from unicompress.codec_spec import OF_THE_CODES
 from unicompress.errors import CheckpointError, HostMismatchError, RecipeError
 from unicompress.tokens import EncodedImages
 from unicompress.training.sample import Sample, Source
@@ -175,22 +176,18 @@ def identity(model: UnifiedModel) -> dict[str, str]:
 def encoder_fingerprint(model: UnifiedModel) -> str:
     """Of the plug-in without its decompressor, which packed images do not depend on."""
     assert model.codec is not None  # its caller asks before
-    encoder = torch.nn.ModuleDict(
-        {
-            name: part
-            for name, part in model.codec.named_children()
-            if name not in ("decompressor", "tokenizer")
-        }
-    )
-    rates = model.codec.spec
-    return f"{fingerprint(encoder)}-s{rates.stride}-g{rates.global_count}"
+    parts = {n: part for n, part in model.codec.named_children() if n != "decompressor"}
+    # Some options, such as a compressor without weights, change codes and no tensor.
+    options = [str(getattr(model.codec.spec, name)) for name in OF_THE_CODES]
+    return "-".join([fingerprint(torch.nn.ModuleDict(parts)), *options])
 
 
 def check_packed(paths: Sequence[str], model: UnifiedModel) -> None:
     """Raise HostMismatchError unless packs hold what this model's tokenizer stack would give."""
+    own = identity(model) if paths else {}
     for path in paths:
         written: Mapping[str, Any] = read_manifest(Path(path))["identity"]
-        for key, here in identity(model).items():
+        for key, here in own.items():
             if written.get(key) != here and key != "host":
                 raise HostMismatchError(
                     f"{path} was packed with another tokenizer, plug-in or rate ({key} "

@@ -274,11 +274,15 @@ def load_recipe(
     return parse_recipe(model, values, str(path))
 
 
+def split_section(path: Path | str) -> tuple[str, str]:
+    """The file, and the section that follows a # in its name."""
+    name, _, section = str(path).rpartition("#")
+    return (name, section) if section in SECTIONS else (str(path), "")
+
+
 def _read(path: Path | str) -> tuple[dict[str, Any], str]:
     """The values of a file, and the section that follows a # in its name."""
-    name, _, section = str(path).rpartition("#")
-    if section not in SECTIONS:
-        name, section = str(path), ""
+    name, section = split_section(path)
     path = Path(name)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader

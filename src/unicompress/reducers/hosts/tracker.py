@@ -84,10 +84,15 @@ class Tracker:
         self.depth = len(trunk.layers)
         self.steps: dict[int, Step] = {}
         for step in reducer.steps(self.depth):
-            if step.layer >= self.depth:
+            if not 0 <= step.layer < self.depth:
                 raise InputError(
                     f"the reducer {reducer.name!r} cuts before layer {step.layer}, but the "
-                    f"language model has {self.depth} layers: choose an earlier one"
+                    f"language model has layers 0 to {self.depth - 1}: choose one of them"
+                )
+            if step.reducer.retroactive and step.reducer.positions == "reindex":
+                raise InputError(
+                    f"the reducer {reducer.name!r} also cuts what is cached, which cannot be "
+                    "renumbered: use positions='keep'"
                 )
             self.steps[step.layer] = step
         self.stash = {
