@@ -78,12 +78,13 @@ reference: $(VENV)/test.stamp
 	@$(BIN)/unicompress train tokenizer $(RECIPES)/tokenizer.yaml --resume
 	@$(BIN)/unicompress train stage-one $(RECIPES)/stage_one.yaml --resume
 	@$(BIN)/unicompress train stage-one $(RECIPES)/refine.yaml --resume
-	@for side in dense compressed; do for part in $$side $${side}_longer; do \
+	@for side in dense compressed; do for part in $$side $${side}_longer $${side}_drawing; do \
 	    $(BIN)/unicompress train stage-two $(RECIPES)/stage_two_$$part.yaml --resume || exit 1; done; done
-	@$(BIN)/python -m unicompress.training.ship $(RUNS)/stage_two_dense_longer/final $(SHIPPED)/dense
-	@$(BIN)/python -m unicompress.training.ship $(RUNS)/stage_two_compressed_longer/final $(SHIPPED)/compressed \
+	@$(BIN)/python -m unicompress.training.ship $(RUNS)/stage_two_dense_drawing/final $(SHIPPED)/dense
+	@$(BIN)/python -m unicompress.training.ship $(RUNS)/stage_two_compressed_drawing/final $(SHIPPED)/compressed \
 	    --refined $(RUNS)/refine/final
 	@for task in understanding generation reconstruction easy-vqa; do \
 	    $(BIN)/unicompress evaluate compressed --task $$task --json docs/results/$$task.json || exit 1; done
-	@$(BIN)/unicompress bench generation --batch 1 --json docs/results/bench-reference.json
+	@$(BIN)/unicompress bench generation --batch 1 --repeats 5 --processor-time --janus \
+	    --plot docs/pictures/bench-reference.png --json docs/results/bench-reference.json
 	@$(BIN)/python -m unicompress.evals.results_page docs/results

@@ -12,7 +12,7 @@ import pytest
 HOUSE = """
 errors
 tokens registry checkpoint codebook hub decompressor_heads engine
-layers accelerators
+layers accelerators attention_projection
 tokenizers global_tokens compressors decompressors backbones reducers feature_taps
 codec_spec sequence understanding
 requantize

@@ -21,6 +21,7 @@ from eval_pair import SIDE, SPEC, tiny_pair
 from saved_pair import save_tiny_pair
 from unicompress import __version__, cli
 from unicompress.checkpoint import load_safetensors, save_safetensors
+from unicompress.cli.options import PANELS
 from unicompress.codec import ImageCodec
 from unicompress.data.images import load_image, save_png, to_tensor
 from unicompress.data.scenes import Scenes
@@ -282,14 +283,14 @@ def test_train_and_resume(shell: Shell) -> None:
 
 
 def test_stages_are_those_of_the_library() -> None:
-    from unicompress.cli import bench, measure, train
+    from unicompress.cli import bench, evaluate, train
     from unicompress.evals.cost import BENCHES
     from unicompress.evals.experiment import ALL, TASKS
     from unicompress.training.run import STAGES
 
     assert [stage.value for stage in train.Stage] == list(STAGES)
     assert {cost.value for cost in bench.Cost} == set(BENCHES)
-    assert {task.value for task in measure.Task} == {ALL, *TASKS}
+    assert {task.value for task in evaluate.Task} == {ALL, *TASKS}
 
 
 # Mistakes
@@ -491,6 +492,47 @@ def test_every_command_writes_json_and_explains_itself(shell: Shell, name: str) 
         assert "--json" in {flag for option in sub.params for flag in option.opts}, sub.name
     said = succeeded(shell(name, "--help"))
     assert command.help.split(".")[0][:40] in " ".join(said.split())
+
+
+def test_help_begins_with_what_a_newcomer_needs(shell: Shell) -> None:
+    said = succeeded(shell("--help"))
+    places = [said.index(f" {panel} ") for panel in PANELS]
+    assert places == sorted(places)
+    listed = typer.main.get_command(cli.app).list_commands(None)  # type: ignore[arg-type]
+    assert set(listed) == set(COMMANDS)
+    assert listed[0] == "demo"
+    panels = [COMMANDS[name].rich_help_panel for name in listed]
+    assert list(dict.fromkeys(panels)) == list(PANELS)  # every command has its place
+    assert panels == sorted(panels, key=PANELS.index)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("bench", "generation"), ("plan", "--lm", "tiny")],
+    ids=["bench", "plan"],
+)
+def test_processor_time_is_refused_on_a_gpu(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    from unicompress.cli import options
+
+    monkeypatch.setattr(options, "device_named", lambda name: torch.device("cuda"))
+    result = shell(*words, "--processor-time")
+    assert result.exit_code == 2
+    assert "--processor-time sees nothing of a GPU's work" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("bench", "generation"), ("analyze", "attention", "none")],
+    ids=["bench", "analyze"],
+)
+def test_a_plot_that_cannot_be_written_is_refused_first(
+    shell: Shell, words: tuple[str, ...]
+) -> None:
+    result = shell(*words, "--plot", "a.pdf")
+    assert result.exit_code == 2
+    assert result.stderr == "error: a.pdf must end in .png: that is the format written\n"
 
 
 def test_version_and_help(shell: Shell) -> None:

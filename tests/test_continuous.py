@@ -252,7 +252,7 @@ def test_a_plug_in_works_around_it() -> None:
     ("options", "said"),
     [
         ({"codes_per_token": 5}, "16 channels per token cannot be cut into 5 .* 1, 2, 4, 8, 16"),
-        ({"image_size": 60}, "image_size 60 is not a multiple of 16 .* choose 64"),
+        ({"image_size": 60}, "image_size must be a multiple of 16, got 60: use 64"),
         ({"codebook_size": 1}, "codebook_size must be at least 2, got 1"),
         ({"patch": 0}, "patch must be at least 1, got 0"),
         ({"config": {"depth": 3}}, "does not take the options"),

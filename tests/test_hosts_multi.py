@@ -5,37 +5,26 @@ the official implementation made of them at toy size: float32, GroupNorm with 4 
 32, and for VILA-U without its hard-coded casts to bfloat16, unless a name says so.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from host_fixtures import after_stage_one, fixture
 from unicompress.codec import PRESETS, ImageCodec
 from unicompress.errors import CheckpointError, InputError
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
-from unicompress.tokenizers.io import load_tokenizer, save_tokenizer
+from unicompress.tokenizers.io import load_tokenizer
 from unicompress.tokenizers.unifork import UniFork
 from unicompress.tokenizers.unitok import UniTok
 from unicompress.tokenizers.var import VAR, phi_index
 from unicompress.tokenizers.vila_u import VilaU
-from unicompress.training.recipe import StageOneRecipe
-from unicompress.training.stage_one import train_stage_one
 
-FIXTURES = Path(__file__).parent / "fixtures" / "hosts"
 HOSTS = {"unitok": UniTok, "vila_u": VilaU, "unifork": UniFork, "var": VAR}
-WEIGHTS = "weights."
-
-
-def fixture(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(official state dict, the rest) of a fixture."""
-    tensors = load_file(FIXTURES / f"{name}.safetensors")
-    weights = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
-    return weights, {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}
 
 
 def released(name: str, folder: Path, change: Callable[[dict[str, Tensor]], Any] = dict) -> Path:
@@ -312,27 +301,7 @@ def test_an_odd_grid_is_pooled_with_smaller_edge_cells() -> None:
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_stage_one_runs_and_its_tokens_decode(name: str, tmp_path: Path) -> None:
-    host = HOSTS[name].tiny()
-    save_tokenizer(host, tmp_path / "host")
-    recipe = StageOneRecipe(
-        out=str(tmp_path / "run"),
-        tokenizer=str(tmp_path / "host"),
-        codec={"width": 16, "depth": 1, "heads": 2, "global_count": 2},
-        steps=2,
-        batch=2,
-        lr=1e-3,
-        log_every=1,
-        save_every=2,
-        validate_images=2,
-        calibrate_images=4,
-        tensorboard=False,
-        cpu=True,
-    )
-    assert train_stage_one(recipe).status == "done"
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert all(0 < line["loss"] < float("inf") for line in lines if "loss" in line)
-    frozen = load_tokenizer(tmp_path / "host")
-    codec = ImageCodec.from_pretrained(tmp_path / "run" / "final", frozen)
+    host, codec = after_stage_one(HOSTS[name].tiny(), tmp_path)
     size = host.spec.image_size
     codes = codec.encode(torch.rand(1, 3, size, size) * 2 - 1)
     count = 2 + host.spec.grid.pooled(2).length

@@ -1,7 +1,7 @@
 """Hosts with one codebook, against the official code: numbers it gave are in fixtures/hosts/.
 
-A fixture holds a small random state dict under the official names (`state.`), a picture, and what
-the official code made of it: X, codes, and the pixels of those codes clamped to [-1, 1].
+A fixture holds a small random state dict under the official names, a picture, and what the
+official code made of it: X, codes, and the pixels of those codes clamped to [-1, 1].
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
@@ -21,6 +21,7 @@ from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from host_fixtures import after_stage_one, fixture, write_shards
 from tiny_hosts import tiny
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import CheckpointError, InputError
@@ -29,10 +30,7 @@ from unicompress.tokenizers.base import ImageTokenizer, tokenizers
 from unicompress.tokenizers.io import load_tokenizer, save_tokenizer
 from unicompress.tokenizers.vq_parts import nearest_row
 from unicompress.tokens import Grid
-from unicompress.training.recipe import StageOneRecipe
-from unicompress.training.stage_one import train_stage_one
 
-FIXTURES = Path(__file__).parent / "fixtures" / "hosts"
 HOSTS = ("llamagen", "janus", "emu3", "chameleon", "vqmodel")
 OPTIONS = {  # what a checkpoint does not say
     "llamagen": "image_size=16",
@@ -42,26 +40,8 @@ OPTIONS = {  # what a checkpoint does not say
 }
 
 
-def fixture(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(official state dict, numbers)."""
-    tensors = load_file(FIXTURES / f"{name}.safetensors")
-    state = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
-    return state, {n: t for n, t in tensors.items() if not n.startswith("state.")}
-
-
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
-
-
-def write_shards(folder: Path, *parts: Mapping[str, Tensor]) -> Path:
-    """A model in shards beside an index, as transformers saves large ones."""
-    places = {}
-    for number, part in enumerate(parts, start=1):
-        shard = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        save_file(dict(part), folder / shard)
-        places |= dict.fromkeys(part, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    return folder
 
 
 def as_llamagen_pickle(state: dict[str, Tensor], folder: Path) -> Path:
@@ -335,24 +315,7 @@ def test_nearest_rows_do_not_depend_on_how_they_are_cut(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_stage_one_runs_and_what_it_expands_decodes(name: str, tmp_path: Path) -> None:
-    host = tiny(name)
-    save_tokenizer(host, tmp_path / "host")
-    recipe = StageOneRecipe(
-        out=str(tmp_path / "run"),
-        tokenizer=str(tmp_path / "host"),
-        codec={"width": 16, "depth": 1, "heads": 2, "global_count": 2},
-        steps=2,
-        batch=2,
-        lr=1e-2,
-        save_every=2,
-        validate_images=2,
-        calibrate_images=64,
-        tensorboard=False,
-        cpu=True,
-    )
-    assert train_stage_one(recipe).status == "done"
-    trained = load_tokenizer(tmp_path / "host")
-    codec = ImageCodec.from_pretrained(tmp_path / "run" / "final", trained)
+    trained, codec = after_stage_one(tiny(name), tmp_path)
     size = trained.spec.image_size
     codes = codec.encode(torch.rand(1, 3, size, size) * 2 - 1)
     assert codes.shape == (1, 2 + trained.spec.grid.length // 4, 1)
@@ -501,7 +464,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched(
 
 def test_sizes_that_do_not_fit() -> None:
     for spec, message in (
-        ("llamagen(image_size=100)", "image_size 100 is not a multiple of 16"),
+        ("llamagen(image_size=100)", "image_size must be a multiple of 16, got 100"),
         ("chameleon(image_size=100)", "image_size must be a multiple of 16, got 100"),
         ("emu3(base_channels=20)", "base_channels must be a multiple of 32"),
         ("emu3(rows=0)", "at least one row"),

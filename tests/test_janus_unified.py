@@ -16,16 +16,16 @@ from transformers import (
 )
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
+from host_fixtures import PROMPTS, assert_same_weights, with_plugin
 from unicompress.backbones.text import build_text_tokenizer
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import CheckpointError, InputError
 from unicompress.feature_taps import taps
 from unicompress.tokenizers.io import save_tokenizer
 from unicompress.unified import UnifiedModel
+from unified_toy import SPEC
 
 BEGIN, END, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
-PROMPTS = ["a red circle", "two blue squares left of a green triangle"]
-SPEC = CodecSpec(stride=2, global_count=2, width=32, depth=1, heads=2)
 TOKENS = 16  # 4 x 4 at 16 pixels
 
 
@@ -103,10 +103,7 @@ def dense(folder: Path) -> UnifiedModel:
 
 @pytest.fixture(scope="module")
 def compressed(folder: Path, dense: UnifiedModel, tmp_path_factory) -> UnifiedModel:
-    torch.manual_seed(5)
-    plugin = tmp_path_factory.mktemp("plugin")
-    ImageCodec(dense.tokenizer, SPEC).save_pretrained(plugin)
-    return UnifiedModel.from_pretrained(folder, codec=plugin)
+    return with_plugin(folder, dense, SPEC, tmp_path_factory.mktemp("plugin"))
 
 
 def pictures(count: int) -> Tensor:
@@ -221,9 +218,7 @@ def test_compressed_starts_from_the_released_weights(
     dense: UnifiedModel, compressed: UnifiedModel
 ) -> None:
     """With the host's codebook the codes mean what they meant, so table and head stay."""
-    own, released = compressed.backbone.state_dict(), dense.backbone.state_dict()
-    assert own.keys() == released.keys()
-    assert all(torch.equal(own[name], released[name]) for name in own)
+    assert_same_weights(compressed, dense)
 
 
 def test_codes_of_ones_own_get_a_new_head(

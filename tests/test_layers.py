@@ -10,7 +10,7 @@ from unicompress.layers import (
     Attention,
     Block,
     GridMixer,
-    KVCache,
+    StepDecoder,
     cell_mask,
     from_cells,
     grid_coordinates,
@@ -42,25 +42,16 @@ def test_cross_attention_is_the_reference():
     torch.testing.assert_close(found[0], attention.out(mixed))
 
 
-def test_a_cache_gives_what_the_causal_mask_gives():
+@torch.no_grad()
+@pytest.mark.parametrize("cross", [False, True])
+def test_steps_give_what_the_causal_mask_gives(cross):
     torch.manual_seed(0)
-    block = Block(16, 4, cross=True).double()
+    block = Block(16, 4, cross=cross).double()
     tokens, memory = torch.randn(2, 6, 16).double(), torch.randn(2, 3, 16).double()
-    keys_values = block.cross_attention.keys_values(memory)
-    cache = block.self_attention.empty_cache(tokens, 6)
-    steps = [
-        block(tokens[:, i : i + 1], memory=keys_values, cache=cache) for i in range(tokens.shape[1])
-    ]
-    whole = block(tokens, memory=keys_values, causal=True)
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
-
-
-def test_a_full_cache_says_so():
-    cache = KVCache(torch.empty(1, 1, 1, 2))
-    entry = torch.zeros(1, 1, 1, 2)
-    cache.append(entry, entry)
-    with pytest.raises(InputError, match="the cache holds 1 positions, 2 are needed"):
-        cache.append(entry, entry)
+    read = block.cross_attention.keys_values(memory) if cross else None
+    decoder = StepDecoder([block], [read] if cross else None, tokens, 6)
+    steps = [decoder.step(tokens[:, i : i + 1], i) for i in range(6)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), block(tokens, memory=read, causal=True))
 
 
 def test_width_must_fit_the_heads():

@@ -15,12 +15,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from stage_two_toy import recipe, saved_parts
 from unicompress import cli
 from unicompress.checkpoint import load_safetensors, read_json, save_safetensors, write_json
-from unicompress.codec import CodecSpec, ImageCodec
+from unicompress.cli.pack import encoding_on
 from unicompress.errors import CheckpointError, HostMismatchError, InputError, RecipeError
-from unicompress.tokenizers.base import tokenizers
-from unicompress.tokenizers.io import save_tokenizer
 from unicompress.training import pack as packing
 from unicompress.training.feed import Place
 from unicompress.training.pack import pack, process_place
@@ -29,25 +28,11 @@ from unicompress.training.recipe import StageTwoRecipe
 from unicompress.training.samples import SceneSource, mixture, to_pixels
 from unicompress.training.stage_two import StageTwo, UnifiedBatches, build_model, train_stage_two
 
-LM = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a host and of a plug-in around it."""
-    folder = tmp_path_factory.mktemp("parts")
-    host = tokenizers.build("toy_single(rows=8, columns=8)")
-    save_tokenizer(host, folder / "host")
-    torch.manual_seed(0)
-    spec = CodecSpec(width=16, depth=1, heads=2, global_count=2)
-    ImageCodec(host, spec).save_pretrained(folder / "codec")
-    return folder / "host", folder / "codec"
+    return saved_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(autouse=True)
@@ -62,24 +47,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unicompress.training.language.TEXT_SAMPLES", 10)
-
-
-def recipe(out: Path, parts: tuple[Path, Path], **changes: Any) -> StageTwoRecipe:
-    values = {
-        "tokenizer": str(parts[0]),
-        "codec": str(parts[1]),
-        "lm": {"config": LM, "vocab_size": 300},
-        "projector": "linear",
-        "steps": 2,
-        "batch": 4,
-        "lr": 1e-2,
-        "log_every": 1,
-        "validate_images": 4,
-        "tensorboard": False,
-        "cpu": True,
-        "precision": "fp32",
-    }
-    return StageTwoRecipe(out=str(out), **{**values, **changes})
 
 
 def packed_recipe(given: StageTwoRecipe, *folders: Path) -> StageTwoRecipe:
@@ -275,6 +242,13 @@ def test_launchers_say_which_process_this_is() -> None:
     assert process_place({"RANK": "3", "WORLD_SIZE": "8"}) == Place(3, 8)
     with pytest.raises(InputError, match="RANK must be a whole number, got 'first'"):
         process_place({"RANK": "first"})
+
+
+def test_only_what_encodes_is_moved(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    model = encoding_on(torch.device("meta"), build_model(recipe(tmp_path, parts)))
+    for part in (model.tokenizer, model.codec):
+        assert {p.device.type for p in part.parameters()} == {"meta"}
+    assert {p.device.type for p in model.backbone.parameters()} == {"cpu"}
 
 
 def test_the_command_under_a_launcher(

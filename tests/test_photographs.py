@@ -1,6 +1,7 @@
 """The comparison of a plug-in with its controls on pictures without captions."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def test_every_way_is_scored_and_written(
     out = ["--json", str(tmp_path / "a.json"), "--sheet", str(tmp_path / "a.png")]
     assert main([*words, *out]) == 0
     content = json.loads((tmp_path / "a.json").read_text())
+    typed = shlex.join([*words, *out])  # with all options, since they change what is written
+    assert content["command"] == f"python -m unicompress.evals.photographs {typed}"
     scores = content["details"]["photographs"]
     assert content["compressed"]["psnr"] == scores["compressed"]["psnr"]["mean"]
     assert content["dense"]["tokens_per_image"] == 16

@@ -1,6 +1,7 @@
 """Probes read what is in the tokens, and do not read what is not."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,8 @@ def test_command_writes_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[s
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["compressed"]["tokens_per_image"] == CODEC.spec.global_count + 16
     assert set(content["details"]["probe"]) == {DENSE, COMPRESSED, LOCALS}
+    typed = shlex.join([*words, "--json", str(tmp_path / "a.json")])
+    assert content["command"] == f"python -m unicompress.evals.probe {typed}"
     assert f"{LOCALS}: colours" in capsys.readouterr().out
     assert main([str(tmp_path / "none"), "--json", str(tmp_path / "b.json")]) == 2
     assert "error: " in capsys.readouterr().err

@@ -183,6 +183,23 @@ def test_cached_decoding_is_the_full_forward_with_the_pruned_context(name: str) 
         assert reductions[0].indices.shape[1] == (18 if name == "sparsevlm" else 32)
 
 
+@pytest.mark.parametrize(
+    ("host", "spec"),
+    [
+        ("llava", "sparsevlm(keep=0.5, version='plus')"),
+        ("qwen2_5_vl", "sparsevlm(keep=0.5, version='plus')"),
+        ("llava", "tome(keep=0.25, inside=True)"),
+        ("janus", "tome(keep=0.25, inside=True, positions='keep')"),
+    ],
+)
+def test_it_holds_for_variants_of_a_method(host: str, spec: str) -> None:
+    reducer = reducers.build(spec)
+    tracker = check_cached(tiny(host), reducer, [2, 1])
+    shifted = tracker.last.stages[-1].shift
+    assert shifted.gt(0).all() == (reducer.positions == "reindex")
+    assert shifted.any() == (reducer.positions == "reindex")
+
+
 @pytest.mark.parametrize("host", [h for h in HOSTS if h != "janus"])
 @pytest.mark.parametrize("name", ["uniform", "fastv", "pyramid_drop", "ivc_prune"])
 def test_it_holds_on_every_host(host: str, name: str) -> None:
@@ -390,6 +407,24 @@ def test_janus_anchors_come_from_its_drawing_side() -> None:
     assert len({(int(i) // 8 // 2, int(i) % 8 // 2) for i in kept}) == 16, "every cell is covered"
 
 
+def test_our_tokenizer_reads_a_picture_once_for_anchors_and_answer() -> None:
+    model = unified()
+    calls: list[int] = []
+    encode = model.tokenizer.encode
+
+    def counted(pixels: Tensor) -> Tensor:
+        calls.append(len(pixels))
+        return encode(pixels)
+
+    vars(model.tokenizer)["encode"] = counted
+    try:
+        with G2TR(keep=0.5).on(model):
+            model.answer(pictures(2), TEXTS[1:3])
+    finally:
+        del vars(model.tokenizer)["encode"]
+    assert calls == [2]
+
+
 # Our own model
 
 
@@ -488,7 +523,9 @@ def test_what_a_model_cannot_give_is_said_before_anything_runs() -> None:
             reducer.on(model),
         ):
             pass
-    with pytest.raises(InputError, match="before layer 9, but the language model has 4 layers"):
+    with pytest.raises(
+        InputError, match="before layer 9, but the language model has layers 0 to 3"
+    ):
         FastV(layer=9).on(model).__enter__()
 
 

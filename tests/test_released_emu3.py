@@ -22,18 +22,17 @@ from transformers import (
 )
 from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 
+from host_fixtures import PROMPTS, with_plugin
 from unicompress.backbones.text import build_text_tokenizer
-from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.engine import use_engine
 from unicompress.errors import CheckpointError, InputError
 from unicompress.reducers.controls import Random
 from unicompress.sequence import ImageLayout
 from unicompress.tokens import Grid
 from unicompress.unified import UnifiedModel
+from unified_toy import SPEC
 
-PROMPTS = ["a red circle", "two blue squares left of a green triangle"]
 QUESTIONS = ["how many objects?", "what is left of the square?"]
-SPEC = CodecSpec(stride=2, global_count=2, width=32, depth=1, heads=2)
 GRID = Grid(3, 4)  # 24 x 32 pixels
 RELEASE = f"emu3(rows={GRID.rows}, columns={GRID.columns})"
 CODES = 24
@@ -133,13 +132,7 @@ def dense(folder: Path) -> UnifiedModel:
 def compressed(
     folder: Path, dense: UnifiedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> UnifiedModel:
-    return with_plugin(folder, dense, SPEC, tmp_path_factory.mktemp("plugin"))
-
-
-def with_plugin(folder: Path, dense: UnifiedModel, spec: CodecSpec, plugin: Path) -> UnifiedModel:
-    torch.manual_seed(5)
-    ImageCodec(dense.tokenizer, spec).save_pretrained(plugin)
-    return UnifiedModel.from_pretrained(folder, codec=plugin, release=RELEASE)
+    return with_plugin(folder, dense, SPEC, tmp_path_factory.mktemp("plugin"), release=RELEASE)
 
 
 @cache
@@ -308,9 +301,10 @@ def test_compressed_drawing_equals_the_plain_loop(compressed: UnifiedModel) -> N
 def test_codes_of_ones_own(folder: Path, dense: UnifiedModel, tmp_path: Path) -> None:
     """Separate globals get entries of their own; locals only where their number is another."""
     spec = replace(SPEC, global_codebook="separate", local_codebook="separate")
-    same = with_plugin(folder, dense, spec, tmp_path / "same")
+    same = with_plugin(folder, dense, spec, tmp_path / "same", release=RELEASE)
     assert set(same.backbone.tables) == set(same.backbone.heads) == {"global"}
-    other = with_plugin(folder, dense, replace(spec, local_codebook_size=9), tmp_path / "other")
+    spec = replace(spec, local_codebook_size=9)
+    other = with_plugin(folder, dense, spec, tmp_path / "other", release=RELEASE)
     assert set(other.backbone.tables) == {"global", "local"}
     codes = other.draw_codes(PROMPTS * 4, temperature=4.0)
     assert codes[:, 2:].max() < 9 <= codes[:, :2].max() < CODES
@@ -330,7 +324,7 @@ def test_saves_and_loads_whole(compressed: UnifiedModel, tmp_path: Path) -> None
 
 
 def test_losses_train_the_language_model_alone(folder: Path, tmp_path: Path, dense) -> None:
-    model = with_plugin(folder, dense, SPEC, tmp_path).train()
+    model = with_plugin(folder, dense, SPEC, tmp_path, release=RELEASE).train()
     reading = model.understanding_loss(pictures(), [["how many?"], ["what?"]], [["two"], ["a"]])
     drawing = model.generation_loss(pictures(), ["a circle", ""])
     (reading.loss + drawing.loss).backward()

@@ -11,22 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from host_fixtures import PROMPTS, assert_same_weights, numbers, under, with_plugin, write_shards
 from llama_toy import llama_text
-from unicompress.backbones.unitok_projector import UniTokProjector
-from unicompress.codec import CodecSpec, ImageCodec
+from unicompress.backbones.projectors import UniTokProjector
 from unicompress.errors import CheckpointError, InputError
 from unicompress.released.unitok import UniTokLoader
 from unicompress.tokenizers.unitok import UniTok
 from unicompress.tokens import Grid
 from unicompress.unified import UnifiedModel
+from unified_toy import SPEC
 
-FIXTURES = Path(__file__).parent / "fixtures" / "hosts"
-PROMPTS = ["a red circle", "two blue squares left of a green triangle"]
 QUESTIONS = ["how many objects?", "what is left?"]
-SPEC = CodecSpec(stride=2, global_count=2, width=32, depth=1, heads=2)
 HOST = str(UniTok.tiny())
 RELEASE = f"mini_gemini(host={HOST!r})"
 TOKENIZER = "unitok_tokenizer.pth"
@@ -45,15 +43,7 @@ CONFIG = {
 }
 
 
-def fixture(name: str) -> dict[str, Tensor]:
-    return load_file(FIXTURES / f"{name}.safetensors")
-
-
-OFFICIAL, IMAGE = fixture("unitok_lm"), fixture("unitok")
-
-
-def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+OFFICIAL, IMAGE = numbers("unitok_lm"), numbers("unitok")
 
 
 def released() -> dict[str, Tensor]:
@@ -76,15 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root.mkdir()
     (root / "config.json").write_text(json.dumps(CONFIG))
     llama_text().save_pretrained(root)
-    weights = released()
-    places = {}
-    for number in range(2):
-        shard = f"model-0000{number + 1}-of-00002.safetensors"
-        part = dict(sorted(weights.items())[number::2])
-        save_file(part, root / shard, {"format": "pt"})
-        places |= dict.fromkeys(part, shard)
-    index = {"metadata": {"total_size": 0}, "weight_map": places}
-    (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = sorted(released().items())
+    write_shards(root, dict(weights[::2]), dict(weights[1::2]))
     save_image_tokenizer(root / TOKENIZER, under(IMAGE, "weights."))
     return root
 
@@ -168,13 +151,8 @@ def test_answers_are_the_official_ones(dense: UnifiedModel) -> None:
 def test_a_plugin_starts_from_the_released_weights(
     folder: Path, dense: UnifiedModel, tmp_path: Path
 ) -> None:
-    torch.manual_seed(5)
-    ImageCodec(dense.tokenizer, SPEC).save_pretrained(tmp_path / "plugin")
-    plugin = tmp_path / "plugin"
-    model = UnifiedModel.from_pretrained(folder, codec=plugin, release=RELEASE)
-    own, first = model.backbone.state_dict(), dense.backbone.state_dict()
-    assert own.keys() == first.keys()
-    assert all(torch.equal(own[name], first[name]) for name in own)
+    model = with_plugin(folder, dense, SPEC, tmp_path / "plugin", release=RELEASE)
+    assert_same_weights(model, dense)
     assert (dense.tokens_per_image, model.tokens_per_image) == (16, 6)
     assert (dense.understanding_layout.length, model.understanding_layout.length) == (16, 9)
     drawn = model.draw_codes(PROMPTS, temperature=0)
@@ -227,8 +205,9 @@ def test_codes_are_rows_of_the_tokenizer(dense: UnifiedModel) -> None:
 
 
 @torch.no_grad()
-def test_projector_keeps_streams_and_order_apart() -> None:
-    projector = UniTokProjector(dim=4, hidden=6, heads=2)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_projector_keeps_streams_and_order_apart(heads: int) -> None:
+    projector = UniTokProjector(dim=4, hidden=6, heads=heads)
     globals_, locals_ = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     before = projector(globals_, locals_, Grid(1, 5))
     torch.testing.assert_close(before[:, 3:], projector(globals_ * 2, locals_, Grid(1, 5))[:, 3:])

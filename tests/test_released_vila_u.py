@@ -14,16 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from host_fixtures import PROMPTS, assert_same_weights, numbers, under, with_plugin, write_shards
 from llama_toy import llama_text
 from unicompress.backbones.vicuna import SYSTEM
-from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import CheckpointError, MissingDependencyError
 from unicompress.unified import UnifiedModel
+from unified_toy import SPEC
 
-FIXTURES = Path(__file__).parent / "fixtures" / "hosts"
-PROMPTS = ["a red circle", "two blue squares left of a green triangle"]
 QUESTIONS = ["how many objects?", "what is left?"]
-SPEC = CodecSpec(stride=2, global_count=2, width=32, depth=1, heads=2)
 LLM = {
     "model_type": "llama",
     "vocab_size": 358,
@@ -56,15 +54,7 @@ TOWER = {
 }
 
 
-def fixture(name: str) -> dict[str, Tensor]:
-    return load_file(FIXTURES / f"{name}.safetensors")
-
-
-OFFICIAL = fixture("vila_u_lm")
-
-
-def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+OFFICIAL = numbers("vila_u_lm")
 
 
 def write(path: Path, value: object) -> None:
@@ -85,24 +75,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(root / "mm_projector" / "config.json", {"mm_projector_type": "mlp2x_gelu"})
     llama_text("<im_start>", "<im_end>", "<vi_start>", "<vi_end>").save_pretrained(root / "llm")
     weights = under(OFFICIAL, "weights.")
-    first, second = split(under(weights, "llm."))
-    save_file(first, root / "llm" / "model-00001-of-00002.safetensors", {"format": "pt"})
-    save_file(second, root / "llm" / "model-00002-of-00002.safetensors", {"format": "pt"})
-    places = dict.fromkeys(first, "model-00001-of-00002.safetensors")
-    places |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
-    index = {"metadata": {"total_size": 0}, "weight_map": places}
-    write(root / "llm" / "model.safetensors.index.json", index)
+    own = sorted(under(weights, "llm.").items())
+    write_shards(root / "llm", dict(own[: len(own) // 2]), dict(own[len(own) // 2 :]))
     save_file(under(weights, "mm_projector."), root / "mm_projector" / "model.safetensors")
-    tower = under(fixture("vila_u"), "weights.")  # running means and copies of the table included
+    tower = under(numbers("vila_u"), "weights.")  # running means and copies of the table included
     tower |= under(weights, "vision_tower.")
     save_file(tower, root / "vision_tower" / "model.safetensors")
     return root
-
-
-def split(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    names = sorted(tensors)
-    half = len(names) // 2
-    return {n: tensors[n] for n in names[:half]}, {n: tensors[n] for n in names[half:]}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +90,7 @@ def dense(folder: Path) -> UnifiedModel:
 
 
 def pictures() -> Tensor:
-    return fixture("vila_u")["input"].float()
+    return numbers("vila_u")["input"].float()
 
 
 def test_prompts_are_the_official_ids(dense: UnifiedModel) -> None:
@@ -183,12 +162,8 @@ def test_answers_are_the_official_ones(dense: UnifiedModel) -> None:
 def test_a_plugin_starts_from_the_released_weights(
     folder: Path, dense: UnifiedModel, tmp_path: Path
 ) -> None:
-    torch.manual_seed(5)
-    ImageCodec(dense.tokenizer, SPEC).save_pretrained(tmp_path / "plugin")
-    model = UnifiedModel.from_pretrained(folder, codec=tmp_path / "plugin")
-    own, released = model.backbone.state_dict(), dense.backbone.state_dict()
-    assert own.keys() == released.keys()
-    assert all(torch.equal(own[name], released[name]) for name in own)
+    model = with_plugin(folder, dense, SPEC, tmp_path / "plugin")
+    assert_same_weights(model, dense)
     assert (dense.tokens_per_image, model.tokens_per_image) == (16, 6)
     assert (dense.understanding_layout.length, model.understanding_layout.length) == (16, 9)
     drawn = model.draw_codes(PROMPTS, temperature=0)
@@ -286,8 +261,8 @@ TOWER_CONFIG = "vision_tower/config.json"
             "1 missing: post_quant_conv.bias",
         ),
         (lacking(f"mm_projector/{WEIGHTS}", "layers.2.bias"), "lacks projector.layers.1.bias"),
-        (with_text_of("<im_start>"), "lacks <im_start> or <im_end>"),
-        (with_text_of("a1", "a2", "a3", "<im_start>", "<im_end>"), "or the language model"),
+        (with_text_of("<im_start>"), "lacks <im_end>: it is not that of VILA-U"),
+        (with_text_of("a1", "a2", "a3", "<im_start>", "<im_end>"), "357 and 358, but .* has 358"),
     ],
     ids=lambda value: "" if callable(value) else value.replace(" ", "-")[:30],
 )

@@ -8,20 +8,21 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from unicompress.codec import CodecSpec, ImageCodec
-from unicompress.errors import InputError, RecipeError
+from stage_two_toy import saved_parts
+from training_toy import interrupt_at
+from unicompress.errors import InputError, RecipeError, UnicompressError
 from unicompress.evals.result import Result
 from unicompress.evals.results_page import load as load_results
 from unicompress.evals.results_page import results_page
 from unicompress.limits.gradients import compare_tasks, group_of
-from unicompress.tokenizers.base import tokenizers
-from unicompress.tokenizers.io import save_tokenizer
 from unicompress.training import synergy
-from unicompress.training.loop import LoopResult
 from unicompress.training.recipe import StageTwoRecipe, load_recipe, parse_recipe
+from unicompress.training.stage_two import StageTwo
 from unicompress.training.synergy import SynergyRecipe, run_synergy
 from unicompress.training.synergy_report import gains, tables
+from unicompress.unified import UnifiedModel
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "reference" / "synergy.yaml"
 
@@ -126,11 +127,7 @@ LM = {
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
-    host = tokenizers.build("toy_single(rows=8, columns=8)")
-    save_tokenizer(host, folder / "host")
-    torch.manual_seed(0)
-    spec = CodecSpec(width=16, depth=1, heads=2, global_count=2)
-    ImageCodec(host, spec).save_pretrained(folder / "codec")
+    saved_parts(folder)
     return folder
 
 
@@ -154,6 +151,7 @@ def values(parts: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "steps": 2,
         "batch": 4,
         "lr": 1e-2,
+        "log_every": 1,
         "validate_images": 4,
         "tensorboard": False,
         "cpu": True,
@@ -181,22 +179,29 @@ def test_the_experiment_runs_run_by_run_and_makes_its_page(
     monkeypatch.setattr("unicompress.training.language.TEXT_SAMPLES", 20)
     path = tmp_path / "synergy.yaml"
     path.write_text(yaml.safe_dump(values(parts, tmp_path), sort_keys=False))
-    train, done = synergy.train_stage_two, []
+    build, built = synergy.build_model, []
 
-    def interrupted(stage: StageTwoRecipe, **options: Any) -> LoopResult:
-        if len(done) == 2:
-            return LoopResult("interrupted", 1, 0.0)
-        done.append(stage.out)
-        return train(stage, **options)
+    def counted(stage: StageTwoRecipe) -> UnifiedModel:
+        built.append(stage.out)
+        return build(stage)
 
-    monkeypatch.setattr(synergy, "train_stage_two", interrupted)
-    assert synergy.main([str(path)]) == 2
-    assert "both, seed 1, was interrupted at step 1 of 4" in capsys.readouterr().err
+    monkeypatch.setattr(synergy, "build_model", counted)
+    with monkeypatch.context() as only:
+        stop = interrupt_at(2)  # which the short runs do not reach
+        only.setattr(StageTwo, "after_step", lambda _self, step: stop(step))
+        assert synergy.main([str(path)]) == 2
+    assert "both, seed 1, was interrupted at step 3 of 4" in capsys.readouterr().err
     folder = tmp_path / "results" / "synergy"
     first = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert set(first) == {"u-seed1.json", "g-seed1.json"}
-    monkeypatch.setattr(synergy, "train_stage_two", train)
     assert synergy.main([str(path)]) == 0
+    log = (tmp_path / "runs" / "both-seed1" / "log.jsonl").read_text().splitlines()
+    steps = [line["step"] for line in map(json.loads, log) if "loss" in line]
+    assert steps == [1, 2, 3, 4]  # none twice
+    # A run on one task has no gradients to compare, and needs no model but the trained one.
+    assert {Path(out).name for out in built} == {
+        f"{n}-seed1" for n in ("both", "accelerated", "short")
+    }
     assert len(list(folder.iterdir())) == 5
     assert all((folder / name).stat().st_mtime_ns == stamp for name, stamp in first.items())
     runs = {file.stem: json.loads(file.read_text()) for file in folder.iterdir()}
@@ -218,6 +223,50 @@ def test_the_experiment_runs_run_by_run_and_makes_its_page(
     page = results_page(load_results([tmp_path / "results" / "synergy.json"]))
     assert "### Synergy loss" in page
     assert "| plain |" in page
+
+
+def test_complete_seeds_are_reported_before_all_are(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(SynergyRecipe, values(parts, tmp_path, seeds=[3, 1, 2]), "r.yaml")
+
+    def measured(stage: StageTwoRecipe, _: SynergyRecipe, name: str, command: str) -> Result:
+        if (name, stage.seed) == ("both", 2):
+            raise UnicompressError("interrupted")
+        return result(0.5 + stage.seed / 10 * (name == "both"), 1.0, stage.seed)
+
+    monkeypatch.setattr(synergy, "_run", measured)
+    with pytest.raises(UnicompressError, match="interrupted"):
+        run_synergy(recipe, "r.yaml", "")
+    report = Result.load(tmp_path / "results" / "synergy.json")
+    assert report.seeds == (3, 1)
+    assert "Seeds: 2, 3 are planned." in report.details["note"]
+    known = {table["title"]: table for table in report.details["tables"]}
+    assert known["Synergy"]["rows"][0][1] == "+0.200 +- 0.141"  # of 0.3 and 0.1
+    assert known["Runs"]["rows"][0][-1] == "2"
+    monkeypatch.setattr(synergy, "_run", lambda s, _r, _n, _c: result(0.5, 1.0, s.seed))
+    run_synergy(recipe, "r.yaml", "")
+    report = Result.load(tmp_path / "results" / "synergy.json")
+    assert report.seeds == (3, 1, 2)
+    assert "Seeds: 3. Measured" in report.details["note"]
+
+
+def test_attention_counts_as_arithmetic_on_a_cpu(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unicompress.training.language.TEXT_SAMPLES", 20)
+    recipe = parse_recipe(SynergyRecipe, values(parts, tmp_path), "r.yaml")
+    stage = synergy._stage(recipe, "both", {}, 1, "r.yaml")
+    model = synergy.build_model(stage).eval()
+    found = synergy.forward_gigaflops(model, stage)
+    monkeypatch.setattr(synergy, "flop_counter", lambda: FlopCounterMode(display=False))
+    products = synergy.forward_gigaflops(model, stage)  # torch counts no fused attention of a CPU
+    layer = 4 * 16 * 16 + 3 * 16 * 24
+    for task in ("understanding", "generation"):
+        positions = products[task] * 1e9 / (2 * 3 * layer)
+        assert positions > 64 + 2
+        attention = 4 * 3 * 16 * positions**2
+        assert (found[task] - products[task]) * 1e9 == pytest.approx(attention)
 
 
 def test_every_run_of_a_seed_sees_the_same_images(parts: Path, tmp_path: Path) -> None:

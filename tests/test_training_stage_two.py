@@ -1,18 +1,15 @@
 import json
+import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from stage_two_toy import LM, recipe, saved_parts
 from training_toy import interrupt_at
-from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import InputError, RecipeError
-from unicompress.tokenizers.base import tokenizers
-from unicompress.tokenizers.io import save_tokenizer
 from unicompress.training import stage_two
 from unicompress.training.feed import Place
-from unicompress.training.recipe import StageTwoRecipe
 from unicompress.training.stage_two import (
     StageTwo,
     UnifiedBatches,
@@ -21,48 +18,16 @@ from unicompress.training.stage_two import (
 )
 from unicompress.unified import DESCRIBE, UnifiedModel
 
-LM = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a host and of a plug-in around it."""
-    folder = tmp_path_factory.mktemp("parts")
-    host = tokenizers.build("toy_single(rows=8, columns=8)")
-    save_tokenizer(host, folder / "host")
-    torch.manual_seed(0)
-    spec = CodecSpec(width=16, depth=1, heads=2, global_count=2)
-    ImageCodec(host, spec).save_pretrained(folder / "codec")
-    return folder / "host", folder / "codec"
+    return saved_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unicompress.training.language.TEXT_SAMPLES", 20)
-
-
-def recipe(out: Path, parts: tuple[Path, Path], **changes: Any) -> StageTwoRecipe:
-    values = {
-        "tokenizer": str(parts[0]),
-        "codec": str(parts[1]),
-        "lm": {"config": LM, "vocab_size": 300},
-        "projector": "linear",
-        "steps": 3,
-        "batch": 4,
-        "lr": 1e-2,
-        "log_every": 1,
-        "save_every": 2,
-        "validate_images": 4,
-        "tensorboard": False,
-        "cpu": True,
-    }
-    return StageTwoRecipe(out=str(out), **{**values, **changes})
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["compressed", "dense"])
@@ -186,3 +151,15 @@ def test_mistakes_are_named(parts: tuple[Path, Path], tmp_path: Path) -> None:
     wrong = recipe(tmp_path, parts, lm={"name": str(tmp_path / "nowhere")})
     with pytest.raises(InputError, match="cannot be loaded"):
         build_model(wrong)
+
+
+def test_layers_are_checkpointed_when_asked_without_a_warning(
+    parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lm = {"config": LM, "vocab_size": 300}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        asked = build_model(recipe(tmp_path, parts, lm={**lm, "gradient_checkpointing": True}))
+    plain = build_model(recipe(tmp_path, parts, lm=lm))
+    for model, wanted in ((asked, True), (plain, False)):
+        assert [layer.gradient_checkpointing for layer in model.lm.model.layers] == [wanted]

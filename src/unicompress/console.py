@@ -1,10 +1,9 @@
-"""Speaking to people: errors in one line, tables, progress bars, and the JSON beside them."""
+"""Speaking to people: errors in one line, tables, and the JSON beside them."""
 
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from typer.core import TyperGroup
 from unicompress.errors import UnicompressError
 
 if TYPE_CHECKING:
-    from unicompress.evals.result import Progress, Result
+    from unicompress.evals.result import Result
 
 SCHEMA = 1
 USAGE, INTERRUPTED = 2, 130  # exit codes
@@ -98,20 +97,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
-
-
-@contextmanager
-def progress_bar() -> Iterator["Progress"]:
-    """A bar on stderr that is told what goes on, how much is done, and of how much."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
-    console = Console(stderr=True)
-    quiet = not console.is_terminal  # in a log or a pipe a bar is noise
-    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda label, done, total: bar.update(
-            task, description=label, completed=done, total=total
-        )

@@ -23,3 +23,9 @@ class RecipeError(UnicompressError, ValueError):
 
 class MissingDependencyError(UnicompressError, ImportError):
     """An optional package is absent or broken."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, 160 characters at most; of a mute one its type."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 160 else f"{line[:157]}..."

@@ -6,7 +6,7 @@ from typing import Any
 from unicompress.released.base import releases
 from unicompress.tokenizers.base import HostFacts, ImageTokenizer, tokenizers
 
-YES, NO, TRAINED = "yes", "no", "after stage two"
+YES, TRAINED = "yes", "after stage two"
 WHAT = ("encode", "decode", "stage_one", "stage_two", "ask", "draw")
 
 

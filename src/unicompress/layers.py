@@ -16,25 +16,6 @@ from unicompress.tokens import Grid
 KeysValues = tuple[Tensor, Tensor]  # each [batch, heads, length, head width]
 
 
-class KVCache:
-    """Keys and values of one attention layer, allocated once for the whole sequence."""
-
-    def __init__(self, keys: Float[Tensor, "b heads length width"]):
-        self.keys = torch.empty_like(keys)
-        self.values = torch.empty_like(keys)
-        self.length = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> KeysValues:
-        """Store the newest positions and return everything held so far (views, no copy)."""
-        end = self.length + keys.shape[2]
-        if end > self.keys.shape[2]:
-            raise InputError(f"the cache holds {self.keys.shape[2]} positions, {end} are needed")
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 class Attention(nn.Module):
     """Multi-head attention: `forward` is self-attention, `attend` reads another sequence.
 
@@ -53,19 +34,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self,
-        tokens: Float[Tensor, "b n w"],
-        *,
-        causal: bool = False,
-        cache: KVCache | None = None,
+        self, tokens: Float[Tensor, "b n w"], *, causal: bool = False
     ) -> Float[Tensor, "b n w"]:
-        """Self-attention; with a cache, `tokens` are the newest position alone."""
+        """Self-attention; `StepDecoder` gives the causal one a position at a time."""
         queries, keys, values = (
             self._split(part) for part in self.project(tokens).chunk(3, dim=-1)
         )
-        if cache is not None:
-            keys, values = cache.append(keys, values)
-            causal = False  # one position at a time: everything in the cache is the past
         return self._mix(queries, keys, values, causal)
 
     def keys_values(self, memory: Float[Tensor, "b m w"]) -> KeysValues:
@@ -80,11 +54,6 @@ class Attention(nn.Module):
         """Cross-attention to what `keys_values` prepared."""
         weight, bias = self.project.weight[: self.width], self.project.bias[: self.width]
         return self._mix(self._split(F.linear(tokens, weight, bias)), *keys_values, causal=False)
-
-    def empty_cache(self, like: Float[Tensor, "b n w"], length: int) -> KVCache:
-        """A cache for `length` positions of a batch such as `like`."""
-        shape = (like.shape[0], self.heads, length, self.width // self.heads)
-        return KVCache(like.new_empty(shape))
 
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -126,10 +95,9 @@ class Block(nn.Module):
         *,
         memory: KeysValues | None = None,
         causal: bool = False,
-        cache: KVCache | None = None,
     ) -> Float[Tensor, "b n w"]:
         """`memory` is `self.cross_attention.keys_values(...)`; needed exactly if `cross`."""
-        tokens = tokens + self.self_attention(self.self_norm(tokens), causal=causal, cache=cache)
+        tokens = tokens + self.self_attention(self.self_norm(tokens), causal=causal)
         if memory is not None:
             tokens = tokens + self.cross_attention.attend(self.cross_norm(tokens), memory)
         return tokens + self.mlp(self.mlp_norm(tokens))
@@ -173,7 +141,7 @@ class CrossStack(nn.Module):
 
 
 class StepDecoder:
-    """Causal blocks fed one position per call: `Block.forward` with a cache, at the least cost.
+    """Causal blocks fed one position per call: what `Block.forward` gives, at the least cost.
 
     A step is bound by the number of calls, not by arithmetic. So weights are looked up once, keys
     and values of a position enter the cache in one copy, and positions are rows of a matrix.
@@ -194,7 +162,6 @@ class StepDecoder:
         first = blocks[0].self_attention
         self.batch, self.width = like.shape[0], first.width
         self.heads, self.length = first.heads, length
-        self.fixed = fixed
         shape = (2, self.batch, self.heads, length, self.width // self.heads)
         # Zeros where all places are read: a masked NaN would still spoil the sum of values.
         make = like.new_zeros if fixed else like.new_empty

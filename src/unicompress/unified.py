@@ -160,14 +160,14 @@ class UnifiedModel(UnifiedBase):
     @torch.no_grad()
     def answer(
         self,
-        images: Float[Tensor, "b 3 h w"],
+        images: Float[Tensor, "b 3 h w"] | Float[Tensor, "b t d"],
         questions: Sequence[str] | Sequence[Sequence[str]],
         max_new_tokens: int = 8,
     ) -> list[str] | list[list[str]]:
         """The most likely answer to one question per image, or to each of a list per image.
 
         Answers come in the shape of the questions. Each image is read once; no question sees
-        another.
+        another. Images may come as the tokenizer's dense tokens X where they have been computed.
         """
         _check_count(images, questions, "question (or list of questions)")
         if max_new_tokens < 1:

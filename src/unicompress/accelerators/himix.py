@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from unicompress.accelerators.base import TEXT, Accelerator, Mode, Task, accelerators
+from unicompress.accelerators.base import Accelerator, Mode, Task, accelerators
 
 
 @accelerators.register("himix")
@@ -17,9 +17,6 @@ class HiMix(Accelerator):
     """
 
     task: ClassVar[Task] = "understanding"
-
-    def __init__(self, *, projections: str = TEXT):
-        super().__init__(projections=projections)
 
     def plan(self, layers: int) -> tuple[Mode, ...]:
         """`keys` everywhere."""

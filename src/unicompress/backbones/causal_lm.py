@@ -28,7 +28,7 @@ from unicompress.accelerators.decoder import (
 from unicompress.backbones.base import Backbone, Choose, CodeSpace, Stream, backbones
 from unicompress.backbones.projectors import Projector
 from unicompress.errors import InputError
-from unicompress.layers import Block
+from unicompress.layers import Block, StepDecoder
 from unicompress.tokens import Grid
 
 STREAMS: tuple[Stream, Stream] = ("global", "local")
@@ -168,14 +168,11 @@ class DepthHead(nn.Module):
     def sample(self, hidden: Float[Tensor, "n h"], choose: Choose) -> Int[Tensor, "n c"]:
         """The codes of one token, chosen one after the other."""
         tokens = self.enter(hidden)[:, None]
-        count = len(self.positions)
-        caches = [block.self_attention.empty_cache(tokens, count) for block in self.blocks]
+        decoder = StepDecoder([*self.blocks], None, tokens, len(self.positions))
         codes = torch.empty(len(hidden), 0, dtype=torch.long, device=hidden.device)
-        for number in range(count):
-            tokens = tokens + self.positions[number]
-            for block, cache in zip(self.blocks, caches, strict=True):
-                tokens = block(tokens, cache=cache)
-            scores = F.linear(self.norm(tokens[:, 0]), self.leave[number])
+        for number, position in enumerate(self.positions):
+            state = decoder.step(tokens + position, number)
+            scores = F.linear(self.norm(state[:, 0]), self.leave[number])
             codes = torch.cat([codes, choose(scores, number)[:, None]], dim=1)
             tokens = self.entries.each(codes)[:, -1:]
         return codes
@@ -257,9 +254,10 @@ class CausalLM(Backbone):
 
     def embed_codes(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n h"]:
         """Codes as vocabulary entries, or the sum of table entries."""
-        if not self.tables:
-            return self.embed_text(codes[..., 0] + self.space.first(stream))
-        return self.tables[self._codebook(stream)](codes)
+        entries = self._entries(stream)
+        if entries is None:
+            return self._table(stream)(codes)
+        return self.embed_text(codes[..., 0] + entries[0])
 
     def forward(
         self,
@@ -300,25 +298,33 @@ class CausalLM(Backbone):
         self, hidden: Float[Tensor, "*b h"], codes: Int[Tensor, "*b c"], stream: Stream
     ) -> Float[Tensor, "*b c v"]:
         """Scores of every code of a token, each given the true codes before it in the token."""
-        if not self.heads:
-            return self._single_logits(hidden, stream)[..., None, :]
-        head = self.heads[self._codebook(stream)]
-        flat = head(hidden.flatten(0, -2), codes.flatten(0, -2))
+        entries = self._entries(stream)
+        if entries is not None:
+            return self.vocabulary_logits(hidden, *entries)[..., None, :]
+        flat = self._head(stream)(hidden.flatten(0, -2), codes.flatten(0, -2))
         return flat.unflatten(0, hidden.shape[:-1])
 
     def sample_codes(
         self, hidden: Float[Tensor, "b h"], stream: Stream, choose: Choose
     ) -> Int[Tensor, "b c"]:
         """The codes of one token, chosen one after the other."""
-        if not self.heads:
-            return choose(self._single_logits(hidden, stream), 0)[:, None]
-        return self.heads[self._codebook(stream)].sample(hidden, choose)
+        entries = self._entries(stream)
+        if entries is not None:
+            return choose(self.vocabulary_logits(hidden, *entries), 0)[:, None]
+        return self._head(stream).sample(hidden, choose)
 
-    def _single_logits(
-        self, hidden: Float[Tensor, "*b h"], stream: Stream
-    ) -> Float[Tensor, "*b v"]:
+    def _entries(self, stream: Stream) -> tuple[int, int] | None:
+        """First entry and end of a stream's codes in the vocabulary; None: they have a table."""
+        if self.tables:
+            return None
         first = self.space.first(stream)
-        return self.vocabulary_logits(hidden, first, first + self.space.size(stream))
+        return first, first + self.space.size(stream)
 
     def _codebook(self, stream: Stream) -> str:
         return stream if stream in self.tables else "local"
+
+    def _table(self, stream: Stream) -> Any:
+        return self.tables[self._codebook(stream)]
+
+    def _head(self, stream: Stream) -> Any:
+        return self.heads[self._codebook(stream)]

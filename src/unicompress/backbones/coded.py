@@ -1,5 +1,6 @@
 """What released unified models share: codes and delimiters stand beside the vocabulary."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -8,16 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unicompress.backbones.base import CodeSpace, Stream
+from unicompress.backbones.base import Choose, CodeSpace, Stream
 from unicompress.backbones.causal_lm import STREAMS, CausalLM
 from unicompress.backbones.projectors import Projector
 from unicompress.errors import InputError
 
 
 class RowTable(nn.Module):
-    """A tokenizer's own codebook: a token's embedding is the sum of one fixed row per code.
+    """The codes' own embedding as a table: a token is the sum of one fixed row per code.
 
-    True of residual codes, and of chunks, whose rows are zero outside their chunk.
+    That is possible for residual codes, and for codes of chunks that stand side by side.
     """
 
     rows: Float[Tensor, "c v e"]
@@ -39,7 +40,8 @@ class RowTable(nn.Module):
     def take(self, embed: Callable[[Tensor], Tensor]) -> None:
         """Find the rows of an embedding of codes that is such a sum.
 
-        The share of the codes that stay at zero is split evenly. InputError where it is no sum.
+        They are known up to what moves from one code of a token to another: what codes that are all
+        zero give is split evenly. InputError where it is no sum.
         """
         count, size, width = self.rows.shape
         every = torch.zeros(count, size, count, dtype=torch.long, device=self.rows.device)
@@ -59,6 +61,24 @@ class RowTable(nn.Module):
             raise InputError(
                 "this backbone needs a tokenizer whose embedding is a sum over the codes of a token"
             )
+
+
+class SingleHead(nn.Module, ABC):
+    """A head of tokens with one code, before which there is none: a subclass writes `scores`."""
+
+    @abstractmethod
+    def scores(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+        """Scores of the one code."""
+
+    def forward(
+        self, hidden: Float[Tensor, "n h"], codes: Int[Tensor, "n 1"]
+    ) -> Float[Tensor, "n 1 v"]:
+        """Scores; the true codes tell nothing."""
+        return self.scores(hidden)[:, None]
+
+    def sample(self, hidden: Float[Tensor, "n h"], choose: Choose) -> Int[Tensor, "n 1"]:
+        """The code of one token."""
+        return choose(self.scores(hidden), 0)[:, None]
 
 
 class CodedLM(CausalLM):
@@ -89,9 +109,3 @@ class CodedLM(CausalLM):
     def delimiters(self) -> Float[Tensor, "k h"]:
         """Learned embeddings of BOS, SEP and EOS, and of the end of a row if there is one."""
         return self.special
-
-    def _table(self, stream: Stream) -> Any:
-        return self.tables[self._codebook(stream)]
-
-    def _head(self, stream: Stream) -> Any:
-        return self.heads[self._codebook(stream)]

@@ -21,34 +21,28 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unicompress.backbones.base import Choose, CodeSpace, Prompts, Stream, backbones
+from unicompress.backbones.base import CodeSpace, Prompts, Stream, backbones
 from unicompress.backbones.causal_lm import CodeTable
-from unicompress.backbones.coded import CodedLM
+from unicompress.backbones.coded import CodedLM, SingleHead
 from unicompress.backbones.projectors import Projector
 from unicompress.errors import InputError
 from unicompress.tokens import Grid
 
 
-class LinearHead(nn.Module):
-    """Scores of the one code of a token by one linear map, as the released head's."""
+class LinearHead(SingleHead):
+    """One linear map, as the released head is."""
 
     def __init__(self, *, size: int, hidden: int):
         super().__init__()
         self.leave = nn.Linear(hidden, size, bias=False)
 
-    def forward(
-        self, hidden: Float[Tensor, "n h"], codes: Int[Tensor, "n 1"]
-    ) -> Float[Tensor, "n 1 v"]:
-        """Scores; the one code has none before it."""
-        return self.leave(hidden)[:, None]
-
-    def sample(self, hidden: Float[Tensor, "n h"], choose: Choose) -> Int[Tensor, "n 1"]:
-        """The code of one token."""
-        return choose(self.leave(hidden), 0)[:, None]
+    def scores(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+        """Without a bias."""
+        return self.leave(hidden)
 
 
 @backbones.register("emu3")
@@ -103,29 +97,8 @@ class Emu3LM(CodedLM):
         """InputError: this model reads codes."""
         raise InputError("emu3 reads codes, not features: use embed_codes")
 
-    def embed_codes(self, codes: Int[Tensor, "b n c"], stream: Stream) -> Float[Tensor, "b n h"]:
-        """Codes as the vocabulary entries they are, or entries of a table of their own."""
+    def _entries(self, stream: Stream) -> tuple[int, int] | None:
+        """Codes are words of the released vocabulary, unless they have a table of their own."""
         if self._codebook(stream) in self.tables:
-            return self._table(stream)(codes)
-        return self.embed_text(codes[..., 0] + self.first_code)
-
-    def code_logits(
-        self, hidden: Float[Tensor, "*b h"], codes: Int[Tensor, "*b c"], stream: Stream
-    ) -> Float[Tensor, "*b c v"]:
-        """Scores of every code."""
-        if self._codebook(stream) in self.tables:
-            return super().code_logits(hidden, codes, stream)
-        return self._single_logits(hidden, stream)[..., None, :]
-
-    def sample_codes(
-        self, hidden: Float[Tensor, "b h"], stream: Stream, choose: Choose
-    ) -> Int[Tensor, "b c"]:
-        """The code of one token."""
-        if self._codebook(stream) in self.tables:
-            return super().sample_codes(hidden, stream, choose)
-        return choose(self._single_logits(hidden, stream), 0)[:, None]
-
-    def _single_logits(
-        self, hidden: Float[Tensor, "*b h"], stream: Stream
-    ) -> Float[Tensor, "*b v"]:
-        return self.vocabulary_logits(hidden, self.first_code, self.first_code + self.codes)
+            return None
+        return self.first_code, self.first_code + self.codes

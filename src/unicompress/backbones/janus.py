@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unicompress.backbones.base import Choose, CodeSpace, Prompts, backbones
-from unicompress.backbones.coded import CodedLM
+from unicompress.backbones.base import CodeSpace, Prompts, backbones
+from unicompress.backbones.coded import CodedLM, SingleHead
 from unicompress.backbones.projectors import MLPProjector, Projector
 
 
@@ -31,25 +31,16 @@ class AlignedTable(nn.Module):
         return self.aligner.each(self.entries(codes[..., 0]))
 
 
-class GenerationHead(nn.Module):
-    """Scores of the one code of a token."""
+class GenerationHead(SingleHead):
+    """Two linear maps with GELU between them."""
 
     def __init__(self, *, size: int, hidden: int):
         super().__init__()
         self.enter = nn.Linear(hidden, hidden)
         self.leave = nn.Linear(hidden, size)
 
-    def forward(
-        self, hidden: Float[Tensor, "n h"], codes: Int[Tensor, "n 1"]
-    ) -> Float[Tensor, "n 1 v"]:
-        """Scores; the one code has none before it."""
-        return self._scores(hidden)[:, None]
-
-    def sample(self, hidden: Float[Tensor, "n h"], choose: Choose) -> Int[Tensor, "n 1"]:
-        """The code of one token."""
-        return choose(self._scores(hidden), 0)[:, None]
-
-    def _scores(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+    def scores(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
+        """Through both."""
         return self.leave(F.gelu(self.enter(hidden)))
 
 

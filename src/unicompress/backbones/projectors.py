@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unicompress.attention_projection import EPS, AttentionProjection
 from unicompress.errors import InputError
 from unicompress.layers import grid_coordinates, position_features, to_image
 from unicompress.registry import Family, Member
@@ -132,3 +133,31 @@ class MLPProjector(Projector):
         for layer in rest:
             tokens = layer(nn.functional.gelu(tokens))
         return tokens
+
+
+@projectors.register("unitok")
+class UniTokProjector(Projector):
+    """Attention widens the tokens `heads` times before the MLP.
+
+    The local tokens of an image that is read are projected as a whole, and so are the globals, each
+    token after its predecessors; tokens that are drawn one by one. So do the published scripts (see
+    backbones/unitok.py).
+    """
+
+    def __init__(self, *, dim: int, hidden: int, heads: int = 16):
+        super().__init__(dim=dim, hidden=hidden)
+        self.heads = heads
+        self.widen = AttentionProjection(dim, heads * dim, causal=True)
+        self.mlp = MLPProjector(dim=heads * dim, hidden=hidden, normed=True)
+        self.mlp.norm = nn.LayerNorm(heads * dim, eps=EPS)
+
+    def forward(
+        self, globals_: Float[Tensor, "b g d"], locals_: Float[Tensor, "b m d"], grid: Grid
+    ) -> Float[Tensor, "b n h"]:
+        """Projected tokens, globals first; each attends to those of its stream before it."""
+        wide = torch.cat([self.widen(globals_), self.widen(locals_)], dim=1)
+        return self.mlp.each(wide)
+
+    def each(self, tokens: Float[Tensor, "*b d"]) -> Float[Tensor, "*b h"]:
+        """Tokens projected one by one."""
+        return self.mlp.each(self.widen.each(tokens))

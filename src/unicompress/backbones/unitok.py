@@ -16,7 +16,7 @@ The published prompts end with a zero byte. That is entry 3 of the vocabulary, w
 of its training begin; here it is BOS, and no part of the text.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -27,10 +27,7 @@ from transformers.cache_utils import DynamicCache
 from unicompress.backbones.base import Choose, CodeSpace, Prompts, Stream, backbones
 from unicompress.backbones.coded import CodedLM, RowTable
 from unicompress.backbones.projectors import Projector
-from unicompress.backbones.unitok_projector import UniTokProjector
 from unicompress.backbones.vicuna import vicuna
-
-__all__ = ["LlamaHead", "UniTokLM", "UniTokProjector"]
 
 
 class LlamaHead(nn.Module):

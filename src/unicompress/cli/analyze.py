@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unicompress.cli.app import app
-from unicompress.cli.options import LOOK, MODEL_HELP, Device, Json, device_named, load_model
+from unicompress.cli.options import (
+    LOOK,
+    MODEL_HELP,
+    Device,
+    Json,
+    check_png,
+    device_named,
+    load_model,
+)
 from unicompress.console import command_line, write_result
 from unicompress.errors import InputError
 
@@ -52,8 +60,9 @@ def attention(
     """Shares of attention by layer, head and segment, with and without the first token."""
     from unicompress.evals.result import Figures, Result, hardware
     from unicompress.limits.plots import plot_allocations
-    from unicompress.limits.report import allocation_details, allocation_tables
+    from unicompress.limits.report import allocation_details
 
+    check_png(plot)
     place = device_named(device)
     figures: dict[str, Any] = {}
     if segments is not None:
@@ -65,7 +74,8 @@ def attention(
             tokens_per_image=loaded.tokens_per_image, interface_tokens=loaded.interface_tokens
         )
         figures = {"dense" if loaded.codec is None else "compressed": tokens}
-    for table in allocation_tables(found, queries):
+    details = {"model": model, **allocation_details(found, queries)}
+    for table in details["tables"]:
         typer.echo(table["title"])
         typer.echo("  ".join(f"{column:>11}" for column in table["columns"]))
         for layer, *shares in table["rows"]:
@@ -74,7 +84,6 @@ def attention(
         focus = {"understanding": "image", "generation": "output"}
         plot_allocations(found, plot, asked=queries, focus=focus)
         typer.echo(f"plot: {plot}")
-    details = {"model": model, **allocation_details(found, queries)}
     result = Result(
         command=command_line(), seeds=(), hardware=hardware(place), details=details, **figures
     )

@@ -1,15 +1,30 @@
 """The application that every command registers with, and its entry point."""
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from unicompress import __version__
+from unicompress.cli.options import PANELS
 from unicompress.console import Commands
 
+
+class InPanels(Commands):
+    """Lists the commands panel by panel; within a panel, module by module."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of `PANELS`; what has none of them comes last."""
+        places = {panel: place for place, panel in enumerate(PANELS)}
+        commands: Any = self.commands
+        return sorted(
+            super().list_commands(ctx),
+            key=lambda name: places.get(commands[name].rich_help_panel, len(places)),
+        )
+
+
 app = typer.Typer(
-    cls=Commands,
+    cls=InPanels,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Fewer image tokens for unified vision-language models.",

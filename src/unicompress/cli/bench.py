@@ -1,7 +1,6 @@
 """`bench`: what a model costs, dense against compressed in one process."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -12,17 +11,21 @@ import typer
 from unicompress.cli.app import app
 from unicompress.cli.bench_tables import print_bench
 from unicompress.cli.options import (
-    LOOK,
+    MEASURE,
     Dense,
     Device,
     Json,
+    ProcessorTime,
+    check_png,
     codec_of,
     device_named,
     fast_type,
     load_model,
+    timing,
 )
-from unicompress.console import command_line, progress_bar, write_result
+from unicompress.console import command_line, write_result
 from unicompress.errors import InputError
+from unicompress.evals.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +81,7 @@ Trained = Annotated[
 ]
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=MEASURE)
 def bench(
     what: Annotated[Cost, typer.Argument(metavar="WHAT", help=", ".join(Cost))],
     lm: Lms = None,
@@ -102,10 +105,7 @@ def bench(
     counts: Annotated[
         bool, typer.Option(help="Count arithmetic and memory in one more run of each.")
     ] = True,
-    processor_time: Annotated[
-        bool,
-        typer.Option("--processor-time", help="Seconds of the processor: for a busy machine."),
-    ] = False,
+    processor_time: ProcessorTime = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Also draw where the time goes, or grows.")
     ] = None,
@@ -116,7 +116,6 @@ def bench(
 
     --lm, --tokenizer and --batch may be given several times: every combination is measured.
     """
-    from unicompress import generate as measuring
     from unicompress.engine import use_engine
     from unicompress.evals.bench_plot import save_plot
     from unicompress.evals.cost import BENCHES, Effort
@@ -127,11 +126,10 @@ def bench(
     options: dict[str, Any] = {}
     if what is Cost.generation:
         options = {"sampling": replace(DEFAULT_SAMPLING, cfg=cfg), "baseline": janus}
-    if processor_time and device_named(device).type != "cpu":
-        raise InputError("--processor-time sees nothing of a GPU's work: use it with --device cpu")
+    check_png(plot)
+    timed = timing(processor_time, device)
     if len(models) > 1 and (what is not Cost.decompressor or lm):
         raise InputError("several --compressed are for bench decompressor, and not with --lm")
-    timing = measuring.processor_time() if processor_time else nullcontext()
     changes = {"stride": stride, "global_count": global_count, "order": order, "head": head}
 
     def make(name: str | None, host: str | None) -> "Pair":
@@ -144,7 +142,7 @@ def bench(
             )
         return BENCHES[what.value](pair, effort, progress=progress, **options)
 
-    with use_engine(engine), timing, progress_bar() as progress:
+    with use_engine(engine), timed, progress_bar() as progress:
         result = _measured(
             what.value, lm, tokenizer, efforts, make, lambda pair, e: measure(pair, e, progress)
         )

@@ -7,7 +7,7 @@ import typer
 
 from unicompress.cli.app import app
 from unicompress.cli.options import (
-    USE,
+    FILES,
     Device,
     Json,
     Model,
@@ -21,7 +21,7 @@ from unicompress.console import write_values
 BATCH = 16  # pictures that go through a tokenizer at once
 
 
-@app.command(rich_help_panel=USE)
+@app.command(rich_help_panel=FILES)
 def encode(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Code file.")],
@@ -76,7 +76,7 @@ def encode(
     )
 
 
-@app.command(rich_help_panel=USE)
+@app.command(rich_help_panel=FILES)
 def decode(
     file: Annotated[Path, typer.Argument(metavar="FILE")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For the images.")],
@@ -108,7 +108,7 @@ def decode(
     write_values(json, {"model": model, "file": str(file), "images": written})
 
 
-@app.command(rich_help_panel=USE)
+@app.command(rich_help_panel=FILES)
 def export(
     output: Annotated[Path, typer.Argument(metavar="DIR")],
     model: Model = "compressed",

@@ -7,7 +7,8 @@ import typer
 
 from unicompress.cli.app import app
 from unicompress.cli.options import TRAIN, Device, Json, device_named
-from unicompress.console import progress_bar, write_values
+from unicompress.console import write_values
+from unicompress.evals.progress import progress_bar
 
 
 @app.command(rich_help_panel=TRAIN)

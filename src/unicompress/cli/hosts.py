@@ -1,11 +1,11 @@
 """`hosts`: which image models can be compressed, and what is known about each."""
 
 from unicompress.cli.app import app
-from unicompress.cli.options import LOOK, Json
+from unicompress.cli.options import START, Json
 from unicompress.console import write_values
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=START)
 def hosts(json: Json = None) -> None:
     """List every host: what works with it, its licence, and how it was verified."""
     from rich.console import Console

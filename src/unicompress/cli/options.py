@@ -1,5 +1,6 @@
 """What the commands share: options of one meaning, and how their values become objects."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +15,24 @@ if TYPE_CHECKING:
     from unicompress.codec import ImageCodec
     from unicompress.unified import UnifiedModel
 
-LOOK, USE, TRAIN = "Look and measure", "Use a model", "Train"  # panels of --help
+# The panels of --help, in the order in which a newcomer needs them.
+PANELS = START, USE, FILES, TRAIN, MEASURE, LOOK = (
+    "Start here",
+    "Use a model",
+    "Files in and out",
+    "Train",
+    "Measure",
+    "Look inside",
+)
 
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the result as JSON.")
 ]
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+]
+ProcessorTime = Annotated[
+    bool, typer.Option("--processor-time", help="Seconds of the processor: for a busy machine.")
 ]
 MODEL_HELP = "Folder or hub id; compressed and dense are the two models that ship."
 Model = Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)]
@@ -43,16 +55,28 @@ def device_named(name: str) -> "torch.device":
     return device
 
 
+def timing(processor_time: bool, device: str) -> AbstractContextManager[None]:
+    """A block that is timed by the processor's clock instead of that on the wall, if wanted."""
+    from unicompress import generate
+
+    if not processor_time:
+        return nullcontext()
+    if device_named(device).type != "cpu":
+        raise InputError("--processor-time sees nothing of a GPU's work: use it with --device cpu")
+    return generate.processor_time()
+
+
+def check_png(path: Path | None) -> None:
+    """Refuse another ending before the work rather than after it."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise InputError(f"{path} must end in .png: that is the format written")
+
+
 def load_model(name: str, device: str) -> "UnifiedModel":
     """A model that ships, by name, unless a folder has that name; otherwise a folder or hub id."""
     from unicompress import reference
-    from unicompress.unified import UnifiedModel
 
-    place = device_named(device)
-    if name in reference.NAMES and not Path(name).is_dir():
-        return reference.load(name, device=place)  # type: ignore[arg-type]
-    model: UnifiedModel = UnifiedModel.from_pretrained(name)
-    return model.to(place).eval()
+    return reference.load_any(name, device=device_named(device))
 
 
 def codec_of(model: "UnifiedModel") -> "ImageCodec":

@@ -8,11 +8,15 @@ import typer
 
 from unicompress.cli.app import app
 from unicompress.cli.options import TRAIN, Device, Json, device_named
-from unicompress.console import progress_bar, write_values
+from unicompress.console import write_values
+from unicompress.evals.progress import progress_bar
 
 if TYPE_CHECKING:
+    import torch
+
     from unicompress.training.feed import Place
     from unicompress.training.pack import Packed
+    from unicompress.unified import UnifiedModel
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -43,7 +47,7 @@ def pack(
 
     place = process_place(os.environ)
     given = load_recipe(StageTwoRecipe, recipe, overrides or (), section="stage-two")
-    model = build_model(given).to(device_named(own_device(device, place))).eval()
+    model = encoding_on(device_named(own_device(device, place)), build_model(given).eval())
     with progress_bar() as progress:
         packs = write(
             given, model, output, count=count, shard=shard, place=place, progress=progress
@@ -72,6 +76,14 @@ def own_device(name: str, place: "Place") -> str:
         return name
     local = int(os.environ.get("LOCAL_RANK", place.rank))
     return f"cuda:{local % torch.cuda.device_count()}"
+
+
+def encoding_on(device: "torch.device", model: "UnifiedModel") -> "UnifiedModel":
+    """Move what encodes; the language model, which has nothing to do, stays where it is."""
+    model.tokenizer.to(device)
+    if model.codec is not None:
+        model.codec.to(device)
+    return model
 
 
 def sentence(packed: "Packed", place: "Place") -> str:

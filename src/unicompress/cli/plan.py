@@ -1,6 +1,5 @@
 """`plan`: what compression would save, before anybody trains."""
 
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,15 @@ from unicompress.cli.bench import (
     parts,
     torch_type,
 )
-from unicompress.cli.options import LOOK, Device, Json, Model, device_named
+from unicompress.cli.options import (
+    MEASURE,
+    Device,
+    Json,
+    Model,
+    ProcessorTime,
+    device_named,
+    timing,
+)
 from unicompress.console import write_values
 from unicompress.errors import InputError
 
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
     from unicompress.evals.plan import Plan
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=MEASURE)
 def plan(
     lm: Annotated[str, typer.Option(metavar="NAME", help=LM_HELP)],
     tokenizer: Annotated[
@@ -41,10 +48,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 1,
     cfg: Annotated[float, typer.Option(help="Guidance of the drawing; 1 is none.")] = 2.0,
     dtype: Precision = Type.auto,
-    processor_time: Annotated[
-        bool,
-        typer.Option("--processor-time", help="Seconds of the processor: for a busy machine."),
-    ] = False,
+    processor_time: ProcessorTime = False,
     device: Device = "auto",
     json: Json = None,
 ) -> None:
@@ -53,18 +57,18 @@ def plan(
     Takes about half a minute; random weights, so nothing has to be trained. Host and plug-in are
     those of --model unless --tokenizer names another host.
     """
-    from unicompress import generate
     from unicompress.evals.plan import make_plan
 
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
+    clock = timing(processor_time, device)
     changes = {"stride": stride, "global_count": global_count, "order": order, "head": head}
     given = {name: value for name, value in changes.items() if value is not None}
     host, spec = parts(tokenizer, given, model, device)
     precision = torch_type(dtype, device_named(device))
     if dtype is not Type.auto:
         host.to(precision)
-    with generate.processor_time() if processor_time else nullcontext():
+    with clock:
         found = make_plan(lm, tokenizer=host, spec=spec, batch=batch, cfg=cfg, dtype=precision)
     for line in _lines(found):
         typer.echo(line)

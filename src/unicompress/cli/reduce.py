@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unicompress.cli.app import app
-from unicompress.cli.options import LOOK, MODEL_HELP, Device, Json, load_model, read_picture
+from unicompress.cli.options import (
+    LOOK,
+    MODEL_HELP,
+    Device,
+    Json,
+    check_png,
+    load_model,
+    read_picture,
+)
 from unicompress.console import write_values
-from unicompress.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +42,7 @@ def reduce(
     from unicompress.data.images import save_png, to_uint8
     from unicompress.reducers.base import reducers
 
-    if output.suffix.lower() != ".png":
-        raise InputError(f"{output} must end in .png: that is the format written")
+    check_png(output)
     budget = int(keep) if keep > 1 and keep == int(keep) else keep
     reducer = reducers.build(method, keep=budget)
     loaded = load_model(model, device)

@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from unicompress.cli.app import app
-from unicompress.cli.options import USE, Device, Json, Model, about, load_model, read_picture
+from unicompress.cli.options import (
+    USE,
+    Device,
+    Json,
+    Model,
+    about,
+    check_png,
+    load_model,
+    read_picture,
+)
 from unicompress.console import write_values
 from unicompress.errors import InputError
 
@@ -72,8 +81,7 @@ def draw(
 
     if count < 1:
         raise InputError(f"count must be at least 1, got {count}")
-    if output.suffix.lower() != ".png":
-        raise InputError(f"{output} must end in .png: that is the format written")
+    check_png(output)
     loaded = load_model(model, device)
     start = time.perf_counter()
     pixels = loaded.draw(

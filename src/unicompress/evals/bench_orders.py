@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from unicompress.checkpoint import fingerprint
 from unicompress.codec import ImageCodec
-from unicompress.decompressors import HEADS, ORDERS
 from unicompress.errors import InputError
-from unicompress.evals.cost import BENCHES, Effort, Pair, medians, take_turns
+from unicompress.evals.cost import BENCHES, Effort, Pair, decompressor_size, medians, take_turns
 from unicompress.evals.generation import judge, real_pictures, unseen_scenes
 from unicompress.evals.image_metrics import psnr
 from unicompress.evals.result import Progress, Result, ratio
@@ -50,10 +49,8 @@ def bench_orders(
     effort, trained = effort or Effort(), trained or {}
     _check_comparable(trained)
     result = BENCHES["decompressor"](pair, effort, progress=progress)
-    assert pair.compressed is not None  # the bench asks for one
-    assert pair.compressed.codec is not None
     details = dict(result.details["decompressor"])
-    details["orders"] = _against_raster(details["medians"], pair.compressed.codec)
+    details["orders"] = _against_raster(details["medians"], details.pop("parameters"))
     if not trained:
         return replace(result, details={"decompressor": details})
     count = effort.batch * effort.repeats
@@ -67,7 +64,7 @@ def bench_orders(
         name: {
             "order": codec.spec.order,
             "head": codec.spec.head,
-            "parameters": _size(codec),
+            "parameters": decompressor_size(codec),
             "seconds": seconds[name],
             "psnr": bootstrap_mean(found[name].psnr),
             "whole": bootstrap_mean(found[name].whole),
@@ -94,24 +91,17 @@ def _check_comparable(trained: Mapping[str, ImageCodec]) -> None:
             )
 
 
-def _against_raster(found: Mapping[str, float], codec: ImageCodec) -> dict[str, Any]:
+def _against_raster(found: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, Any]:
     """Every order's time over that of raster with the same head, at (nearly) the same size."""
     table = {}
-    for head in HEADS:
-        for order in ORDERS:
-            name = f"{order}/{head}"
-            same = ImageCodec(codec.tokenizer, replace(codec.spec, order=order, head=head))
-            table[name] = {
-                "seconds": found[name],
-                "against_raster": ratio(found[name], found[f"{RASTER}/{head}"]),
-                "parameters": _size(same),
-            }
+    for name, parameters in sizes.items():
+        head = name.rpartition("/")[2]
+        table[name] = {
+            "seconds": found[name],
+            "against_raster": ratio(found[name], found[f"{RASTER}/{head}"]),
+            "parameters": parameters,
+        }
     return table
-
-
-def _size(codec: ImageCodec) -> int:
-    assert codec.decompressor is not None  # its callers have one
-    return sum(parameter.numel() for parameter in codec.decompressor.parameters())
 
 
 @torch.no_grad()

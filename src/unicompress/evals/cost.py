@@ -249,10 +249,12 @@ def bench_decompressor(
         "trained_without_cache": lambda: trained.decompress(codes, use_cache=False),
         "image_decoder": lambda: model.tokenizer.decode(dense),
     }
+    sizes: dict[str, int] = {}
     for order in ("raster", "block", "parallel"):
         for head in ("codes", "regression"):
             variant = _untrained(trained, order, head)
             tasks[f"{order}/{head}"] = partial(variant.decompress, codes)
+            sizes[f"{order}/{head}"] = decompressor_size(variant)
     with torch.no_grad():
         seconds = take_turns(
             tasks,
@@ -269,7 +271,7 @@ def bench_decompressor(
         "decompressor",
         {},
         {"compressed": breakdown},
-        details={"medians": found, "seconds": seconds},
+        details={"medians": found, "seconds": seconds, "parameters": sizes},
     )
 
 
@@ -305,6 +307,12 @@ def _counted(
         "flops": {name: each.flops for name, each in found.items()},
         "peak_bytes": {name: each.peak_bytes for name, each in found.items()},
     }
+
+
+def decompressor_size(codec: ImageCodec) -> int:
+    """Parameters of a codec's decompressor; 0 without one."""
+    parts = [] if codec.decompressor is None else codec.decompressor.parameters()
+    return sum(parameter.numel() for parameter in parts)
 
 
 def _samples(model: UnifiedModel, count: int, split: str = "test") -> list[SceneSample]:

@@ -60,19 +60,9 @@ def lm_config(name: str) -> PreTrainedConfig:
 
     Raises InputError that names the nearest known shape, or says why a file cannot be used.
     """
-    shape = LMS.get(name.lower())
-    if shape is not None:
-        return LlamaConfig(
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            vocab_size=shape.vocabulary,
-            max_position_embeddings=POSITIONS,
-            tie_word_embeddings=shape.tied,
-        )
+    known = shape_config(name)
+    if known is not None:
+        return known
     if not Path(name).exists() and "/" not in name:
         close = difflib.get_close_matches(name.lower(), LMS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -80,6 +70,29 @@ def lm_config(name: str) -> PreTrainedConfig:
             f"unknown language model shape {name!r}.{hint} Known: {', '.join(LMS)}, or a "
             "config.json, or a hub id"
         )
+    return stored_config(name)
+
+
+def shape_config(name: str) -> PreTrainedConfig | None:
+    """Configuration of a known shape, by its name in any case; None for another name."""
+    shape = LMS.get(name.lower())
+    if shape is None:
+        return None
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def stored_config(name: str) -> PreTrainedConfig:
+    """Configuration in a file, a folder or on the hub; raises InputError that says why not."""
     try:
         return AutoConfig.from_pretrained(name).get_text_config()
     except (OSError, ValueError) as error:

@@ -27,7 +27,7 @@ def meter(task: Callable[[], object], device: torch.device) -> Meter:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops, _Live() as live:
+    with flop_counter() as flops, _Live() as live:
         task()
     peak = torch.cuda.max_memory_allocated(device) - before if cuda else live.peak
     return Meter(int(flops.get_total_flops()), peak)
@@ -35,9 +35,14 @@ def meter(task: Callable[[], object], device: torch.device) -> Meter:
 
 def count_flops(task: Callable[[], object]) -> int:
     """Floating-point operations of matrix products, convolutions and attention in one run."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with flop_counter() as counter:
         task()
     return int(counter.get_total_flops())
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts inside a `with` block, fused attention on a CPU included; one use each."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 
 class _Live(TorchDispatchMode):

@@ -8,7 +8,6 @@ codebook. The first row is the ceiling, the host's decoder on tokens that were n
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ from unicompress.data.images import load_image, save_png, to_tensor, to_uint8
 from unicompress.errors import InputError, UnicompressError
 from unicompress.evals.image_metrics import psnr, ssim
 from unicompress.evals.reconstruction import nearest_expansion
-from unicompress.evals.result import Figures, Progress, Result
+from unicompress.evals.result import Figures, Progress, Result, module_command
 from unicompress.evals.statistics import Interval, bootstrap_mean
 from unicompress.tokenizers.base import ImageTokenizer
 from unicompress.tokenizers.io import load_tokenizer
 from unicompress.tokens import Grid
 
+MODULE = "unicompress.evals.photographs"
 UNQUANTIZED = "not quantised"
 DENSE = "dense codes"
 COMPRESSED = "compressed"
@@ -180,8 +180,7 @@ def read_folder(folder: Path | str, size: int) -> Float[Tensor, "n 3 h w"]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate a plug-in on a folder of pictures; returns the exit code."""
-    name = "python -m unicompress.evals.photographs"
-    parser = argparse.ArgumentParser(prog=name, description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("tokenizer", metavar="TOKENIZER")
     parser.add_argument("codec", metavar="PLUG_IN")
     parser.add_argument("images", metavar="IMAGES")
@@ -190,13 +189,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--title", default="Photographs")
     parser.add_argument("--note", default="")
     given = parser.parse_args(arguments)
-    words = [given.tokenizer, given.codec, given.images, "--json", given.json]
+    command = module_command(MODULE, arguments)
     try:
         host = load_tokenizer(given.tokenizer)
         codec = ImageCodec.from_pretrained(given.codec, host)
         pixels = read_folder(given.images, host.spec.image_size)
         scores, pictures = evaluate_photographs(host, codec, pixels)
-        command = f"{name} {shlex.join(words)}"
         result = photograph_result(
             codec, scores, command=command, title=given.title, note=given.note
         )

@@ -8,15 +8,13 @@ before stage two: what a probe cannot read here, no language model will learn to
 """
 
 import argparse
-import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from unicompress.backbones.projectors import LocalProjector
 from unicompress.codec import ImageCodec
@@ -25,7 +23,8 @@ from unicompress.data.scene_render import COLOURS, HELD_OUT, SHAPES, Scene
 from unicompress.data.scenes import Scenes, SceneSample
 from unicompress.errors import InputError, UnicompressError
 from unicompress.evals.generation import unseen_scenes
-from unicompress.evals.result import Figures, Progress, Result
+from unicompress.evals.progress import progress_bar
+from unicompress.evals.result import Figures, Progress, Result, module_command
 from unicompress.evals.statistics import Interval, bootstrap_mean
 from unicompress.tokenizers.base import ImageTokenizer
 from unicompress.tokenizers.io import load_tokenizer
@@ -225,15 +224,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=1000, help="test scenes")
     parser.add_argument("--json", metavar="PATH", required=True)
     given = parser.parse_args(arguments)
-    words = [given.tokenizer, *([given.codec] if given.codec else [])]
-    words += ["--images", str(given.images), "--pictures", str(given.pictures)]
-    command = shlex.join(["python", "-m", MODULE, *words, "--json", given.json])
+    command = module_command(MODULE, arguments)
     try:
         host = load_tokenizer(given.tokenizer).freeze()
         codec = ImageCodec.from_pretrained(given.codec, host) if given.codec else None
-        with tqdm(unit="step", disable=None) as bar:
+        with progress_bar() as progress:
             scores = run_probe(
-                host, codec, images=given.images, pictures=given.pictures, progress=_shown(bar)
+                host, codec, images=given.images, pictures=given.pictures, progress=progress
             )
         probe_result(host, codec, scores, command).write(given.json)
     except UnicompressError as error:
@@ -242,15 +239,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, score in scores.items():
         print(f"{name}: colours {score.colours}, shapes {score.shapes}")  # noqa: T201
     return 0
-
-
-def _shown(bar: "tqdm[None]") -> Callable[[str, int, int], None]:
-    def show(label: str, done: int, total: int) -> None:
-        bar.total = total
-        bar.set_description(label, refresh=False)
-        bar.update(done - bar.n)
-
-    return show
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every reducer at the same budgets on one model and one set of questions, beside the controls.
+"""Every reducer at the same budgets on one model, beside the controls: scenes and easy-vqa.
 
 python -m unicompress.evals.reduction_table --json docs/results/reduction.json
 
@@ -7,306 +7,179 @@ are what the first cut keeps; methods that cut inside the language model compute
 that, and some cut again later, so the average over layers and the saving of the prompt stand beside
 each accuracy. `stand_in` marks methods that ask for the attention or keys of a vision encoder: the
 reference model has none, and its language model's first layer answers instead.
+
+Answers are kept beside the file, in `<file>.part`, until all are there: after Ctrl-C the same
+command goes on from them. With `--add` it also goes on from a finished file, and asks only what
+that does not hold: easy-vqa, budgets or methods that were left out before.
 """
 
 import argparse
-import inspect
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from unicompress import reference
-from unicompress.errors import UnicompressError
-from unicompress.evals.cost import medians, take_turns
-from unicompress.evals.language_models import random_lm
-from unicompress.evals.result import Figures, Progress, Result, hardware
-from unicompress.evals.statistics import Interval, PairedDifference, paired_difference
-from unicompress.evals.understanding import (
-    Accuracies,
-    QuestionSet,
-    UnderstandingScore,
-    evaluate_understanding,
+from unicompress.checkpoint import read_json, write_json
+from unicompress.errors import InputError, UnicompressError
+from unicompress.evals.progress import progress_bar
+from unicompress.evals.reduction import CONTROLS, KEEPS, Row, Sheet, Table, tables
+from unicompress.evals.reduction_overhead import overhead
+from unicompress.evals.result import (
+    Figures,
+    Progress,
+    Result,
+    commit,
+    hardware,
+    module_command,
+    plain,
 )
-from unicompress.reducers.base import Keep, Reducer, Signals, reducers
-from unicompress.reducers.cost import Decoder, average_kept, image_tokens, saving
-from unicompress.reducers.g2tr import G2TR
-from unicompress.reducers.hosts.tracker import from_encoder
-from unicompress.reducers.hosts.unified import Unified
-from unicompress.tokens import Grid
+from unicompress.evals.understanding import QuestionSet
+from unicompress.reducers.base import reducers
 from unicompress.unified import UnifiedModel
 
 MODULE = "unicompress.evals.reduction_table"
-KEEPS = (0.5, 0.25, 0.125)
-CONTROLS = ("average_pool", "random", "uniform", "window_top_k")
-DEPTHS = {"fastv": 2, "window_fastv": 2, "dart": 5}  # layers of the official cuts
-TEXT = 16  # tokens of a question, for the counted prompt
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one budget; differences are this method minus the other, paired."""
-
-    method: str
-    keep: float
-    tokens: int  # after the first cut
-    average: float  # share of image tokens over layers
-    prefill_ratio: float  # counted; how many times cheaper the prompt is in the language model
-    stand_in: bool
-    accuracy: Interval
-    by_kind: dict[str, Interval]
-    against_all: PairedDifference  # the same model with all tokens
-    against: dict[str, PairedDifference]  # each control at the same budget
-    correct: str  # per question, 0 or 1
-
-
-class PerQuestion:
-    """A model that gets each question with its own copy of the picture, as text-led methods ask."""
-
-    def __init__(self, model: UnifiedModel):
-        self.model = model
-
-    def answer(self, images: Tensor, questions: list[list[str]]) -> list[list[str]]:
-        """Answers in the shape of the questions."""
-        sizes = torch.tensor([len(asked) for asked in questions], device=images.device)
-        flat = [question for asked in questions for question in asked]
-        answers = iter(self.model.answer(images.repeat_interleave(sizes, dim=0), flat))
-        return [[str(next(answers)) for _ in asked] for asked in questions]
-
-
-def fitted(name: str, keep: Keep, depth: int) -> Reducer:
-    """A reducer with its defaults, its cut moved up where the language model is too shallow."""
-    member = reducers.get(name)
-    options: dict[str, Any] = {"keep": keep}
-    if name in DEPTHS and "layer" in inspect.signature(member.__init__).parameters:
-        options["layer"] = max(1, min(DEPTHS[name], depth // 2))
-    return member(**options)
-
-
-def table(
-    model: UnifiedModel,
-    tests: QuestionSet,
-    *,
-    keeps: Sequence[float] = KEEPS,
-    methods: Sequence[str] | None = None,
-    batch: int = 32,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> tuple[UnderstandingScore, list[Row]]:
-    """The unreduced score, and a row for each method and budget, controls first."""
-    names = list(dict.fromkeys([*CONTROLS, *(methods or reducers.names())]))
-    everything = _score(model, None, tests, batch, seed, progress)
-    rows = []
-    for keep in keeps:
-        members = {name: fitted(name, keep, _decoder(model).layers) for name in names}
-        scores = {
-            name: _score(model, reducer, tests, batch, seed, progress)
-            for name, reducer in members.items()
-        }
-        rows += [
-            _row(model, name, keep, reducer, scores, everything, seed)
-            for name, reducer in members.items()
-        ]
-    return everything, rows
-
-
-def _score(
-    model: UnifiedModel,
-    reducer: Reducer | None,
-    tests: QuestionSet,
-    batch: int,
-    seed: int,
-    progress: Progress | None,
-) -> UnderstandingScore:
-    options: Any = {"batch": batch, "baselines": False, "seed": seed, "progress": progress}
-    if reducer is None:
-        return evaluate_understanding(model, tests, **options)
-    asked: Any = model
-    if Unified.reads_text(reducer, _decoder(model).layers):
-        asked = PerQuestion(model)
-    with reducer.on(model):
-        return evaluate_understanding(asked, tests, **options)
-
-
-def _row(
-    model: UnifiedModel,
-    name: str,
-    keep: float,
-    reducer: Reducer,
-    scores: dict[str, UnderstandingScore],
-    everything: UnderstandingScore,
-    seed: int,
-) -> Row:
-    score, decoder = scores[name], _decoder(model)
-    total = model.understanding_layout.local_count
-    others = model.interface_tokens - total + TEXT
-    found: Accuracies = score.accuracy
-
-    def against(other: UnderstandingScore) -> PairedDifference:
-        return paired_difference(other.correct, score.correct, groups=score.owners, seed=seed)
-
-    steps = reducer.steps(decoder.layers)
-    asked = set().union(*(from_encoder(step.reducer) for step in steps))
-    return Row(
-        method=str(reducer),
-        keep=keep,
-        tokens=image_tokens(reducer, total, decoder.layers)[steps[0].layer],
-        average=average_kept(reducer, total, decoder.layers),
-        prefill_ratio=saving(reducer, decoder, tokens=total, text=others).prefill_ratio,
-        stand_in=bool(asked & {"attention", "shallow_attention", "keys"}),
-        accuracy=found.overall,
-        by_kind=found.by_kind,
-        against_all=against(everything),
-        against={c: against(scores[c]) for c in CONTROLS if c in scores and c != name},
-        correct="".join(str(int(right)) for right in score.correct),
-    )
-
-
-def _decoder(model: UnifiedModel) -> Decoder:
-    config = model.backbone.inner.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return Decoder(
-        config.num_hidden_layers, config.hidden_size, config.intermediate_size, heads * width
-    )
-
-
-# What a reducer itself costs
-
-
-@torch.no_grad()
-def overhead(lm: str, *, side: int = 24, text: int = 64, repeats: int = 5) -> dict[str, Any]:
-    """Seconds of reducers against those of the prompt they shorten, at a real shape.
-
-    One picture of side^2 tokens and random weights, half of the tokens kept. Only methods that need
-    no attention are timed; G2TR without the encoder of its latents.
-    """
-    model = random_lm(lm)
-    width, count = model.config.hidden_size, side**2
-    draws = torch.Generator().manual_seed(0)
-    tokens = torch.randn(1, count, width, generator=draws)
-    grid, anchor_grid = Grid(side, side), Grid(side, side).pooled(2)
-    signals = Signals(
-        anchors=torch.randn(1, anchor_grid.length, 64, generator=draws),
-        anchor_tokens=torch.randn(1, anchor_grid.length, width, generator=draws),
-        anchor_grid=anchor_grid,
-    )
-    members: dict[str, Reducer] = {
-        "g2tr": G2TR(keep=0.5),
-        "g2tr(score='relational')": G2TR(keep=0.5, score="relational"),
-        **{name: fitted(name, 0.5, 2) for name in ("average_pool", "tome", "divprune")},
-    }
-    trunk: Any = model.base_model
-    prompt = torch.randn(1, count + text, width, generator=draws)
-    tasks: dict[str, Any] = {
-        "prefill": lambda: trunk(inputs_embeds=prompt, use_cache=False),
-        "prefill_reduced": lambda: trunk(
-            inputs_embeds=prompt[:, : count // 2 + text], use_cache=False
-        ),
-    }
-    for name, member in members.items():
-        tasks[name] = lambda member=member: member(tokens, grid, signals)
-    found = medians(take_turns(tasks, repeats=repeats, label="overhead"))
-    saved = found["prefill"] - found["prefill_reduced"]
-    return {
-        "lm": lm,
-        "tokens": count,
-        "text": text,
-        "seconds": found,
-        "share_of_prefill": {name: found[name] / found["prefill"] for name in members},
-        "share_of_saving": {name: found[name] / saved for name in members},
-    }
-
-
-# The command
+SCENES, EASY = "scenes", "easy-vqa"
+INTERRUPTED = 130  # exit code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the JSON, and give the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("--model", default="dense", help="dense, compressed, folder or hub id")
-    parser.add_argument("--task", default="scenes", choices=["scenes", "easy-vqa"])
-    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--questions", type=int, default=2000, help="about scenes; 0: none")
+    parser.add_argument(
+        "--easy-vqa", type=int, default=1000, metavar="N", help="of its test split; 0: none"
+    )
     parser.add_argument("--keep", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--methods", nargs="+", help="all, where not given; controls always")
     parser.add_argument("--batch", type=int, default=32, help="pictures at a time")
     parser.add_argument("--overhead", metavar="LM", help="also time reducers at this shape")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--add", action="store_true", help="keep the answers that PATH holds")
+    parser.add_argument("--json", metavar="PATH", type=Path, required=True)
     given = parser.parse_args(arguments)
     try:
-        words = sys.argv[1:] if arguments is None else arguments
-        result = run(given, shlex.join(["python", "-m", MODULE, *words]))
+        with progress_bar() as progress:
+            run(given, module_command(MODULE, arguments), progress)
     except UnicompressError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    result.write(given.json)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command goes on from there\n")
+        return INTERRUPTED
     return 0
 
 
-def run(given: argparse.Namespace, command: str) -> Result:
-    """The table and, where asked for, the overhead, as one result."""
-    model = _load(given.model)
-    size = model.tokenizer.spec.image_size
-    if given.task == "scenes":
-        tests = QuestionSet.scenes(given.questions, size=size)
-    else:
-        tests = QuestionSet.easy_vqa(given.questions, size=size)
+def run(given: argparse.Namespace, command: str, progress: Progress | None = None) -> None:
+    """Measure what is not known yet, and write the result."""
     for name in given.methods or ():
         reducers.get(name)  # a misspelt name should not wait for the others
-    everything, rows = table(
-        model,
-        tests,
-        keeps=given.keep,
-        methods=given.methods,
-        batch=given.batch,
-        progress=_say,
+    part = given.json.with_name(f"{given.json.name}.part")
+    finished = _stored(given.json, given.model) if given.add else {}
+    stored = (finished, _stored(part, given.model))
+    code = commit()  # now: writing a file that git tracks changes what it says
+    model = reference.load_any(given.model)
+    sets = question_sets(given.questions, given.easy_vqa, model.tokenizer.spec.image_size)
+    known = _known(stored, sets)
+    options: Any = {"keeps": given.keep, "methods": given.methods, "batch": given.batch}
+    found: dict[str, Table] = {}
+    for name, tests in sets.items():
+        for table in tables(model, tests, known=known[name], progress=progress, **options):
+            found[name] = table
+            known[name] = {n: replace(s, commit=s.commit or code) for n, s in table.sheets.items()}
+            tasks = {task: {"sheets": sheets} for task, sheets in known.items()}
+            write_json(plain({"reduction": {"model": given.model, "tasks": tasks}}), part)
+        found[name] = replace(found[name], sheets=known[name])
+    spent = finished.get("overhead")
+    if given.overhead and (spent is None or spent["lm"] != given.overhead):
+        spent = overhead(given.overhead)
+    result = _result(given.model, model, found, spent)
+    replace(result, command=command, commit=code).write(given.json)
+    part.unlink()
+
+
+def question_sets(scenes: int, easy: int, size: int) -> dict[str, QuestionSet]:
+    """The first questions of each test split; 0 leaves a set out, InputError without any."""
+    sets = {}
+    if scenes:
+        sets[SCENES] = QuestionSet.scenes(scenes, size=size)
+    if easy:
+        sets[EASY] = QuestionSet.easy_vqa(easy, size=size)
+    if not sets:
+        raise InputError("there is nothing to ask: give --questions or --easy-vqa a number")
+    return sets
+
+
+# The file
+
+
+def _stored(path: Path, model: str) -> Mapping[str, Any]:
+    """What an earlier run left; InputError where it is of something else."""
+    if not path.exists():
+        return {}
+    value = read_json(path)
+    details = value.get("details", value) if isinstance(value, dict) else {}
+    found = details.get("reduction") or {}
+    if "tasks" not in found:
+        raise InputError(f"{path} is no table of reducers to go on from: choose another --json")
+    if found.get("model") != model:
+        raise InputError(
+            f"{path} holds answers of the model {found.get('model')}, not {model}: choose another "
+            "--json, or delete it"
+        )
+    return found
+
+
+def _known(
+    stored: Sequence[Mapping[str, Any]], sets: Mapping[str, QuestionSet]
+) -> dict[str, dict[str, Sheet]]:
+    """The sheets of every set; InputError where they are of other questions than those asked."""
+    known: dict[str, dict[str, Sheet]] = {name: {} for name in sets}
+    for found in stored:
+        for name, task in found.get("tasks", {}).items():
+            sheets = {reducer: Sheet(**value) for reducer, value in task["sheets"].items()}
+            asked = len(sets[name].questions) if name in sets else 0
+            others = {len(sheet.right) for sheet in sheets.values()} - {asked}
+            if others:
+                raise InputError(
+                    f"{others.pop()} questions of {name} have been answered before, not {asked}: "
+                    "ask as many, or begin a new table without --add and without its .part file"
+                )
+            known.get(name, {}).update(sheets)
+    return known
+
+
+def _result(
+    name: str, model: UnifiedModel, found: Mapping[str, Table], spent: Mapping[str, Any] | None
+) -> Result:
+    scenes = found.get(SCENES)
+    figures = Figures(
+        tokens_per_image=model.tokens_per_image,
+        interface_tokens=model.interface_tokens,
+        understanding_accuracy=None if scenes is None else scenes.all_tokens.overall.mean,
     )
-    spent = overhead(given.overhead) if given.overhead else None
+    sides: dict[str, Any] = {"dense" if model.codec is None else "compressed": figures}
     return Result(
-        command=command,
-        dense=Figures(
-            tokens_per_image=model.tokens_per_image,
-            interface_tokens=model.interface_tokens,
-            understanding_accuracy=everything.accuracy.overall.mean,
-        ),
+        command="",
         hardware=hardware(model.device),
         details={
-            "reduction": {
-                "model": given.model,
-                "task": given.task,
-                "questions": len(everything.correct),
-                "all_tokens": everything.summary(),
-                "rows": rows,
-                "overhead": spent,
-            },
-            "tables": shown(rows, spent),
+            "title": "Reducers without training, at equal budgets",
+            "reduction": {"model": name, "tasks": found, "overhead": spent},
+            "tables": shown(found, spent),
         },
+        **sides,
     )
 
 
-def shown(rows: Sequence[Row], spent: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The tables of the results page: accuracies by budget, and what reducers cost themselves."""
-    keeps = list(dict.fromkeys(row.keep for row in rows))
-    lines: dict[str, list[Any]] = {}
-    for row in rows:
-        name = row.method.partition("(")[0] + (" *" if row.stand_in else "")
-        lines.setdefault(name, [name]).extend([row.accuracy, row.prefill_ratio])
-    columns = [column for keep in keeps for column in (f"keep {keep:g}", "prompt cheaper by")]
-    tables = [
-        {
-            "title": "Reducers without training",
-            "note": "`*`: the first layer of the language model stands in for an encoder.",
-            "columns": ["method", *columns],
-            "rows": list(lines.values()),
-        }
-    ]
+# The results page
+
+
+def shown(found: Mapping[str, Table], spent: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The tables of the results page."""
+    shown = [_accuracies(found), _differences(found)] if found else []
     if spent is not None:
-        tables.append(
+        shown.append(
             {
                 "title": f"What a reducer costs, as a share of the prefill ({spent['lm']})",
                 "note": f"{spent['tokens']} image tokens and {spent['text']} of text, half kept.",
@@ -317,18 +190,77 @@ def shown(rows: Sequence[Row], spent: dict[str, Any] | None) -> list[dict[str, A
                 ],
             }
         )
-    return tables
+    return shown
 
 
-def _load(name: str) -> UnifiedModel:
-    if name in reference.NAMES and not Path(name).is_dir():
-        return reference.load(name)  # type: ignore[arg-type]
-    return UnifiedModel.from_pretrained(name).eval()
+def _accuracies(found: Mapping[str, Table]) -> dict[str, Any]:
+    """By budget: accuracy on each set, and what the prompt saves."""
+    columns, cells = ["method"], []
+    for keep in _keeps(found):
+        ratios: dict[str, Any] = {}
+        for task, rows in _rows(found, keep).items():
+            columns.append(f"{task}, keep {keep:g}")
+            cells.append({name: row.accuracy for name, row in rows.items()})
+            ratios |= {name: row.prefill_ratio for name, row in rows.items()}
+        columns.append("prompt cheaper by")
+        cells.append(ratios)
+    whole = ", ".join(
+        f"{task} {table.all_tokens.overall} ({table.questions} questions about {table.pictures} "
+        "pictures)"
+        for task, table in found.items()
+    )
+    commits = sorted({sheet.commit for table in found.values() for sheet in table.sheets.values()})
+    of = f" Answered at the commits {', '.join(commits)}." if len(commits) > 1 else ""
+    return {
+        "title": "Accuracy",
+        "note": f"With all tokens: {whole}. `*`: the first layer of the language model stands in "
+        f"for an encoder.{of}",
+        "columns": columns,
+        "rows": _lines(found, cells),
+    }
 
 
-def _say(label: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r{label} {done}/{total}  ")
+def _differences(found: Mapping[str, Table]) -> dict[str, Any]:
+    """Every method minus the control that does best at its budget."""
+    columns, cells = ["method"], []
+    for keep in _keeps(found):
+        for task, rows in _rows(found, keep).items():
+            best = max(CONTROLS, key=lambda name: rows[name].accuracy.mean)
+            columns.append(f"{task}, keep {keep:g}, minus {best}")
+            cells.append({n: str(r.against[best]) for n, r in rows.items() if n != best})
+    return {
+        "title": "Against the best control of each budget",
+        "note": "Paired differences on the same questions: a method beats the control where the "
+        "interval lies above zero.",
+        "columns": columns,
+        "rows": _lines(found, cells),
+    }
+
+
+def _keeps(found: Mapping[str, Table]) -> list[float]:
+    return list(dict.fromkeys(row.keep for table in found.values() for row in table.rows))
+
+
+def _rows(found: Mapping[str, Table], keep: float) -> dict[str, dict[str, Row]]:
+    """Set of questions -> name of the method -> row of one budget."""
+    return {
+        task: {_name(row): row for row in table.rows if row.keep == keep}
+        for task, table in found.items()
+    }
+
+
+def _name(row: Row) -> str:
+    return row.method.partition("(")[0]
+
+
+def _lines(found: Mapping[str, Table], cells: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """One line a method, with nothing where a column lacks it."""
+    labels = {
+        _name(row): _name(row) + (" *" if row.stand_in else "")
+        for table in found.values()
+        for row in table.rows
+    }
+    return [[label, *(column.get(name) for column in cells)] for name, label in labels.items()]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import math
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -164,6 +166,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, int):
         return value
     return str(value)
+
+
+def module_command(module: str, arguments: Sequence[str] | None) -> str:
+    """`python -m module ...` as it was typed; None: with the arguments of this process."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def _read(kind: type[Any], value: object) -> Any:

@@ -148,7 +148,7 @@ def evaluate_understanding(
 ) -> UnderstandingScore:
     """Ask everything, greedily; with `baselines`, again without the right picture."""
     answers = ask_all(model, tests, batch=batch, progress=progress)
-    correct = _correct(tests, answers)
+    correct = marked(tests, answers)
     blind = shuffled = None
     if baselines:
         blind = _baseline(model, tests, None, "question-only baseline", batch, seed, progress)
@@ -211,7 +211,8 @@ def accuracies(tests: QuestionSet, correct: Sequence[bool], seed: int = 0) -> Ac
     )
 
 
-def _correct(tests: QuestionSet, answers: Sequence[str]) -> list[bool]:
+def marked(tests: QuestionSet, answers: Sequence[str]) -> list[bool]:
+    """Which answers are right, without regard to case and spaces around."""
     return [
         said.strip().lower() == question.answer.strip().lower()
         for said, question in zip(answers, tests.questions, strict=True)
@@ -241,4 +242,4 @@ def _baseline(
         return tests.pixels([(owner + shift) % len(tests.pictures) for owner in owners])
 
     answers = ask_all(model, tests, pictures=pictures, batch=batch, label=label, progress=progress)
-    return accuracies(tests, _correct(tests, answers), seed)
+    return accuracies(tests, marked(tests, answers), seed)

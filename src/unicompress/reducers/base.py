@@ -31,7 +31,8 @@ class Signals:
     shallow_attention: Float[Tensor, "b n"] | None = None  # the same in an early encoder layer
     image_attention: Float[Tensor, "b n"] | None = None  # received from the image's own tokens
     text_attention: Float[Tensor, "b p t n"] | None = None  # paid by text tokens, by head
-    keys: Float[Tensor, "b n k"] | None = None  # heads side by side
+    # Of an encoder the mean over heads, of the language model all heads side by side.
+    keys: Float[Tensor, "b n k"] | None = None
     text_keys: Float[Tensor, "b t k"] | None = None
     values: Float[Tensor, "b p n v"] | None = None
     text_values: Float[Tensor, "b p t v"] | None = None
@@ -40,10 +41,15 @@ class Signals:
     relevance: Float[Tensor, "b n"] | None = None  # similarity of each token with the text
     cosines: Float[Tensor, "b n r"] | None = None  # rows of the language model's RoPE table
     sines: Float[Tensor, "b n r"] | None = None
+    text_cosines: Float[Tensor, "b t r"] | None = None
+    text_sines: Float[Tensor, "b t r"] | None = None
+    # Number of the group that each token merged into inside the encoder, by first member.
+    encoder_groups: Int[Tensor, "b n"] | None = None
     anchors: Float[Tensor, "b a w"] | None = None  # latents of the generation branch
     anchor_tokens: Float[Tensor, "b a d"] | None = None  # the same in the space of the tokens
     anchor_grid: Grid | None = None
-    real: Float[Tensor, "b n"] | None = None  # share of each token's patch that is no padding
+    # Share of each token's patch that is no padding; no host knows it, a caller may.
+    real: Float[Tensor, "b n"] | None = None
 
     def of(self, index: int) -> "Signals":
         """Those of one image of the batch, as a batch of one."""
@@ -122,7 +128,7 @@ class Reducer(Member, ABC):
 
     needs: tuple[str, ...] = ()
     content_only: ClassVar[bool] = True  # ignores where a token stands
-    merges: ClassVar[bool] = False  # kept tokens are means over all tokens, weighted by size
+    merges: bool = False  # kept tokens are means over all tokens, weighted by size
     # Where `attention`, `keys` and `values` come from: the vision encoder, or a layer of the
     # language model (the one before the cut, or the one after it).
     source: ClassVar[Literal["encoder", "previous", "next"]] = "encoder"
@@ -171,6 +177,14 @@ class Reducer(Member, ABC):
     def steps(self, depth: int) -> tuple[Step, ...]:
         """What happens where in a language model of `depth` layers; once, before it, by default."""
         return (Step(0, self, self.keep),)
+
+    def merged_by_block(self, total: int, depth: int) -> tuple[int, ...]:
+        """How many of `total` tokens merge away in each of an encoder's `depth` blocks.
+
+        Asked of reducers that need `encoder_groups`: a host then merges between attention and MLP,
+        and says in that signal which tokens became one. What is left is what `keep` says.
+        """
+        raise NotImplementedError(f"{self.name} does not merge inside an encoder")
 
     @contextmanager
     def on(self, model: Any, *, grids: list[Grid] | None = None) -> Iterator[Any]:

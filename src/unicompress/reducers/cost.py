@@ -38,7 +38,6 @@ class Decoder:
 
 
 BAGEL = Decoder(layers=28, hidden=3584, intermediate=18944, key_value_width=4 * 128)
-LLAVA_7B = Decoder(layers=32, hidden=4096, intermediate=11008, key_value_width=4096)
 
 
 def image_tokens(reducer: Reducer, tokens: int, layers: int) -> list[int]:

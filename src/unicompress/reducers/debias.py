@@ -1,13 +1,16 @@
 """Attention debiasing (arXiv 2508.17807): a wrapper that takes position out of attention scores.
 
 Attention falls or rises with a token's place whatever the picture shows, and sinks into padding.
-Before the wrapped reducer ranks, each score is divided by the trend of its place, and tokens whose
-patch is more than half padding are put last. The official code ships fitted trends per method and
-benchmark (a spline through the mean attention of a data set; the paper's is exponential); ours fits
-a polynomial to attention that you collect (`trend_of`), and without a trend only the padding rule
-acts. The official budget is capped at the number of real patches; ours keeps the budget, and fills
-it with padding if it must. On models where all image tokens share one position (BAGEL) there is
-nothing to take out.
+Before the wrapped reducer ranks, each score is divided by the trend of its place. The official code
+ships fitted trends per method and benchmark (a spline through the mean attention of a data set; the
+paper's is exponential); ours fits a polynomial to attention that you collect (`trend_of`), and
+without a trend divides by nothing. On models where all image tokens share one position (BAGEL)
+there is nothing to take out.
+
+Tokens whose patch is more than half padding are put last where the caller says so with
+`Signals(real=...)`. No host does: their models do not tell where a picture was padded. The official
+budget is capped at the number of real patches; ours keeps the budget, and fills it with padding if
+it must.
 """
 
 from dataclasses import replace

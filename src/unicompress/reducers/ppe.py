@@ -41,6 +41,9 @@ class PPE(Reducer):
             raise InputError(f"{self.inner!r} cuts several times: PPE wraps mergers that cut once")
         return (replace(steps[0], reducer=self),)
 
+    def merged_by_block(self, total: int, depth: int) -> tuple[int, ...]:
+        return self.wrapped.merged_by_block(total, depth)
+
     def reduce(
         self, tokens: Float[Tensor, "b n d"], grid: Grid, signals: Signals, count: int
     ) -> Reduction:

@@ -77,13 +77,15 @@ def weighted_mean(
     weights: Float[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, "b k d"]:
     """Mean of the tokens assigned to each kept one; -1 takes no part."""
-    weights = torch.ones_like(tokens[..., 0]) if weights is None else weights
+    # Sums and counts of many tokens need more than half precision.
+    wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    weights = torch.ones_like(wide[..., 0]) if weights is None else weights.to(wide)
     weights = weights * (assignment >= 0)
     index = assignment.clamp(min=0)
-    zeros = tokens.new_zeros(len(tokens), count, tokens.shape[-1])
-    sums = zeros.scatter_add(1, index[..., None].expand_as(tokens), tokens * weights[..., None])
-    mass = tokens.new_zeros(len(tokens), count).scatter_add(1, index, weights)
-    return sums / mass.clamp(min=torch.finfo(tokens.dtype).tiny)[..., None]
+    zeros = wide.new_zeros(len(wide), count, wide.shape[-1])
+    sums = zeros.scatter_add(1, index[..., None].expand_as(wide), wide * weights[..., None])
+    mass = wide.new_zeros(len(wide), count).scatter_add(1, index, weights)
+    return (sums / mass.clamp(min=torch.finfo(wide.dtype).tiny)[..., None]).to(tokens)
 
 
 def merged(

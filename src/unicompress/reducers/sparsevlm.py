@@ -1,16 +1,31 @@
 """SparseVLM (arXiv 2410.04417) and SparseVLM+: text raters choose, the best of the rest recycle.
 
 Raters are the text tokens to which the image attends more than average: softmax(V T^T) over the
-text, mean over the image. A token's score is the raters' attention to it, mean over heads. Version
-`v1`: the best 30 % of the dropped tokens are clustered (DPC-KNN) into a tenth of their number + 1,
-which take part as means of their clusters. Version `plus`: only the heads with the most attention
-from text to image count (14 of 32), nothing is recycled, and positions are kept.
+text, mean over the image. A token's score is the raters' attention to it, mean over heads.
 
-Cuts are before layers 2, 6 and 15 of 32 (scaled to the depth) with 300, 200 and 110 tokens for an
-average of 192 in the official code; ours keeps these proportions of `keep`. There recycled tokens
-come on top; here they are part of the budget. Raters are chosen from the states at each cut, in the
-official code once. The plus version's division of logits by a RoPE term is not done here, since it
-needs logits before the softmax.
+Version `v1` (the code's 1.0 and 1.5): the best 30 % of the dropped tokens are clustered (DPC-KNN)
+into a tenth of their number + 1, which take part as means of their clusters; what is left is
+renumbered. Version `plus` (the code's 2.0, SparseVLM+) differs in five ways:
+
+- Position correction. RoPE alone makes near tokens look important: an all-one query at p and an
+  all-one key at q, both turned, have the product w(p, q) = sum_i cos((p - q) theta_i), which falls
+  with distance. Attention, after the softmax as in the code, is divided by w(p, q) / w(p, p).
+- Only the heads with the most corrected attention from raters to image count: 14 of 32.
+- Nothing is recycled.
+- Kept tokens keep their positions, which the correction of later cuts relies on.
+- The last cut leaves 118 tokens instead of 110, in place of the recycled ones.
+
+Official code: `score.py` and `modelling_sparse_llama.py`; where ours differs:
+
+- It computes layers 2, 6 and 15 of 32 in full and cuts behind them, by their own attention. So does
+  `plus` here (before layers 3, 7 and 16, scaled to the depth); `v1` cuts one layer earlier, by the
+  attention of the layer before.
+- Its counts for an average of 192 are 300, 200 and 110 (118); ours keeps these proportions of
+  `keep` at every budget, where it has other lists for 128, 96 and 64.
+- Recycled tokens come on top there; here they are part of the budget.
+- Raters are chosen from the states at each cut, there once from the embeddings.
+- w crosses zero far away (beyond 1,500 places with 128 channels and base 10,000, at once in narrow
+  heads), where a quotient means nothing: ours takes w / w(p, p) for 0.1 at least.
 """
 
 import torch
@@ -29,32 +44,36 @@ from unicompress.reducers.base import (
     scaled,
 )
 from unicompress.reducers.clustering import density_peaks
-from unicompress.reducers.selection import at, chosen, kept, top, weighted_mean
+from unicompress.reducers.selection import at, chosen, cosine, kept, top, weighted_mean
 from unicompress.tokens import Grid
 
-CUTS = (2 / 32, 6 / 32, 15 / 32)
-SHARES = (300 / 192, 200 / 192, 110 / 192)
+CUTS = {"v1": (2, 6, 15), "plus": (3, 7, 16)}  # before which of 32 layers
+LEFT = {"v1": (300, 200, 110), "plus": (300, 200, 118)}  # tokens behind each cut for 192
 RECYCLED = 0.3
 HEADS = 14 / 32
+FLOOR = 0.1  # of the correction; 0.105 is the least within 700 places of LLaVA-1.5
 
 
 @reducers.register("sparsevlm")
 class SparseVLM(Reducer):
     """`keep` is the average that the schedule aims at. tokens [b, n, d] -> [b, k, d]."""
 
-    needs = ("text_attention", "text", "text_valid")
+    needs: tuple[str, ...] = ("text_attention", "text", "text_valid")
     source = "previous"
 
     def __init__(self, *, keep: Keep = 1 / 3, version: str = "v1", positions: str = ""):
-        if version not in ("v1", "plus"):
+        if version not in CUTS:
             raise InputError(f"version must be v1 or plus, got {version!r}")
         self.keep = keep
         self.version = version
         # As the version has it, unless said otherwise.
         self.positions = check_positions(positions or ("reindex" if version == "v1" else "keep"))
+        if version == "plus":
+            self.needs = (*self.needs, "cosines", "sines", "text_cosines", "text_sines")
 
     def steps(self, depth: int) -> tuple[Step, ...]:
-        cuts = {max(1, int(cut * depth)): share for cut, share in zip(CUTS, SHARES, strict=True)}
+        pairs = zip(CUTS[self.version], LEFT[self.version], strict=True)
+        cuts = {max(1, cut * depth // 32): left / 192 for cut, left in pairs}
         return tuple(Step(layer, self, scaled(self.keep, share)) for layer, share in cuts.items())
 
     def reduce(
@@ -66,7 +85,7 @@ class SparseVLM(Reducer):
         assert there is not None
         raters = text_raters(tokens, text, there)
         if self.version == "plus":
-            attention = self._heads(attention, there)
+            attention = busiest(attention / nearness(signals)[:, None], raters)
         weights = raters.to(attention)[:, None, :, None]
         score = (attention * weights).sum(dim=2) / weights.sum(dim=2)
         score = score.mean(dim=1)
@@ -75,15 +94,6 @@ class SparseVLM(Reducer):
         if not clusters:
             return kept(tokens, best, self.positions)
         return self._recycle(tokens, score, best, clusters)
-
-    @staticmethod
-    def _heads(
-        attention: Float[Tensor, "b p t n"], there: Bool[Tensor, "b t"]
-    ) -> Float[Tensor, "b q t n"]:
-        """The heads with the most attention from text to image."""
-        mass = (attention * there[:, None, :, None]).sum(dim=(2, 3))
-        heads = top(mass, max(1, round(HEADS * attention.shape[1])))
-        return attention.gather(1, heads[:, :, None, None].expand(-1, -1, *attention.shape[2:]))
 
     def _recycle(
         self,
@@ -107,6 +117,26 @@ class SparseVLM(Reducer):
         assignment = assignment.scatter(1, best, numbers)
         values = weighted_mean(tokens, assignment, indices.shape[1])
         return Reduction(indices, values, assignment, self.positions)
+
+
+def nearness(signals: Signals) -> Float[Tensor, "b t n"]:
+    """What RoPE alone makes of each pair's distance: w(p, q) / w(p, p), 0.1 at least.
+
+    The product of two turned all-one vectors is that of their rows of the RoPE table, cosines and
+    sines side by side, whichever way a model pairs channels.
+    """
+    image, text = (signals.cosines, signals.sines), (signals.text_cosines, signals.text_sines)
+    rows = [torch.cat([t.float() for t in pair if t is not None], dim=-1) for pair in (text, image)]
+    return cosine(*rows).clamp(min=FLOOR)
+
+
+def busiest(
+    attention: Float[Tensor, "b p t n"], raters: Bool[Tensor, "b t"]
+) -> Float[Tensor, "b q t n"]:
+    """The heads with the most attention from raters to image."""
+    mass = (attention * raters[:, None, :, None]).sum(dim=(2, 3))
+    heads = top(mass, max(1, round(HEADS * attention.shape[1])))
+    return attention.gather(1, heads[:, :, None, None].expand(-1, -1, *attention.shape[2:]))
 
 
 def text_raters(

@@ -7,53 +7,19 @@ no text is asked. Official counts are 42 + 6, then 30 + 5, 22 + 4 and 16 + 3 at 
 two different spaces, which has no effect at inference.
 """
 
-from jaxtyping import Float
-from torch import Tensor
-
-from unicompress.reducers.base import (
-    Keep,
-    Reducer,
-    Reduction,
-    Signals,
-    Step,
-    check_positions,
-    reducers,
-    scaled,
-)
-from unicompress.reducers.visionzip import VisionZip, zipped
-from unicompress.tokens import Grid
+from unicompress.reducers.base import Keep, Step, reducers, scaled
+from unicompress.reducers.visionzip import VisionZip
 
 SHARES = (35 / 48, 26 / 48, 19 / 48)  # of the first budget, at the three cuts
 
 
-class InnerZip(Reducer):
+class InnerZip(VisionZip):
     """The cut inside the language model; only VisionDrop uses it."""
 
     name = "visiondrop"
     needs = ("image_attention", "keys")
+    scored_by = "image_attention"
     source = "next"
-    content_only = False
-
-    def __init__(self, *, keep: Keep, contextual: float, merge: str, positions: str):
-        self.keep = keep
-        self.contextual = contextual
-        self.merge = merge
-        self.positions = check_positions(positions)
-
-    def reduce(
-        self, tokens: Float[Tensor, "b n d"], grid: Grid, signals: Signals, count: int
-    ) -> Reduction:
-        assert signals.image_attention is not None
-        assert signals.keys is not None
-        indices, values, assignment = zipped(
-            tokens,
-            signals.image_attention,
-            signals.keys,
-            count,
-            contextual=self.contextual,
-            merge=self.merge,
-        )
-        return Reduction(indices, values, assignment, self.positions)
 
 
 @reducers.register("visiondrop")

@@ -8,6 +8,8 @@ is that of 64 tokens, 54 + 10. The official code counts the class token among th
 puts contextual tokens last; ours has no class token and raster order.
 """
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -64,6 +66,7 @@ class VisionZip(Reducer):
     """`contextual` is the share of the budget for contextual tokens. [b, n, d] -> [b, k, d]."""
 
     needs = ("attention", "keys")
+    scored_by: ClassVar[str] = "attention"  # the signal that makes a token dominant
     content_only = False  # targets stand at even distances
 
     def __init__(
@@ -86,11 +89,10 @@ class VisionZip(Reducer):
     def reduce(
         self, tokens: Float[Tensor, "b n d"], grid: Grid, signals: Signals, count: int
     ) -> Reduction:
-        assert signals.attention is not None
         assert signals.keys is not None
         indices, values, assignment = zipped(
             tokens,
-            signals.attention,
+            getattr(signals, self.scored_by),
             signals.keys,
             count,
             contextual=self.contextual,

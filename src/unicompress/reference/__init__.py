@@ -42,3 +42,11 @@ def load(
     """A reference model in float32 (it is stored in bfloat16), ready for use."""
     model: UnifiedModel = UnifiedModel.from_pretrained(folder(name))
     return model.float().to(device).eval()
+
+
+def load_any(name: str, *, device: torch.device | str = "cpu") -> UnifiedModel:
+    """A model that ships, by name, unless a folder has that name; otherwise a folder or hub id."""
+    if name in NAMES and not Path(name).is_dir():
+        return load(name, device=device)  # type: ignore[arg-type]
+    model: UnifiedModel = UnifiedModel.from_pretrained(name)
+    return model.to(device).eval()

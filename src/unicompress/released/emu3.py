@@ -25,11 +25,11 @@ from unicompress.checkpoint import load_into, read_json
 from unicompress.errors import CheckpointError
 from unicompress.hub import fetch_folder
 from unicompress.released.base import Release, ReleaseLoader, releases
-from unicompress.released.janus import PROCESSOR, read_whole
+from unicompress.released.parts import PROCESSOR, read_whole, token_ids
 from unicompress.tokenizers.base import HostFacts
 from unicompress.tokenizers.emu3 import Emu3
+from unicompress.tokenizers.weight_files import CONFIG
 
-CONFIG = "config.json"
 BEGIN, LINE_END, FIELD_END = "<|image token|>", "<|extra_200|>", "<|extra_201|>"
 FRAME = ("<|image start|>", "<|image end|>")  # around them; backbones/emu3.py writes them as text
 SAME = (  # fields of the text model's configuration that are Llama's
@@ -146,10 +146,7 @@ def _check_processor(folder: Path) -> None:
 def _special(whole: Any, text: PreTrainedTokenizerFast, folder: Path) -> Tensor:
     """BOS, SEP, EOS and the end of a row; SEP starts as the end of a row."""
     names = (BEGIN, LINE_END, FIELD_END, LINE_END)
-    ids = [text.convert_tokens_to_ids(name) for name in (*names, *FRAME)]
-    for name, entry in zip((*names, *FRAME), ids, strict=True):
-        if entry is None or entry == text.unk_token_id:
-            raise CheckpointError(f"the tokenizer in {folder} lacks {name}: it is not that of Emu3")
+    ids = token_ids(text, (*names, *FRAME), folder, "Emu3")
     rows = whole.get_input_embeddings().weight
     return rows[torch.tensor(ids[: len(names)])].detach().clone()
 

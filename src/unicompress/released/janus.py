@@ -17,15 +17,14 @@ from transformers import (
 )
 
 from unicompress.checkpoint import read_json
-from unicompress.errors import CheckpointError
 from unicompress.feature_taps import JanusSiglip
 from unicompress.hub import fetch_folder
 from unicompress.released.base import Release, ReleaseLoader, releases
+from unicompress.released.parts import PROCESSOR, delimiter_rows, read_whole, token_ids
 from unicompress.tokenizers.base import HostFacts
 from unicompress.tokenizers.janus_vq import JanusVQ
 
 BEGIN, END = "<begin_of_image>", "<end_of_image>"
-PROCESSOR = "preprocessor_config.json"
 
 
 @releases.register("janus")
@@ -44,6 +43,7 @@ class JanusLoader(ReleaseLoader):
         folder = fetch_folder(source, self.files, revision=revision)
         whole = read_whole(JanusForConditionalGeneration, folder)
         text = PreTrainedTokenizerFast.from_pretrained(folder)
+        ids = token_ids(text, (BEGIN, END), folder, "Janus")
         vq = whole.config.vq_config
         return Release(
             tokenizer=_tokenizer(whole),
@@ -51,39 +51,9 @@ class JanusLoader(ReleaseLoader):
             text_tokenizer=text,
             backbone=f"janus(code_dim={vq.embed_dim}, depth={vq.num_hidden_layers})",
             projector=f"mlp(depth={whole.config.vision_config.depth})",
-            state=_state(whole, _image_rows(whole, text, folder)),
+            state=_state(whole, delimiter_rows(whole, *ids)),
             tap=_tap(whole, folder),
         )
-
-
-def read_whole(kind: Any, folder: Path) -> Any:
-    """A transformers model with every weight it has; one line of CheckpointError otherwise.
-
-    transformers only warns of weights that are absent or misshapen, and draws them at random.
-    """
-    try:
-        model, notes = kind.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below, in one line
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{folder} cannot be read as {kind.__name__} ({reason}): fetch its files again, "
-            "all shards and their index among them"
-        ) from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(n[0] if isinstance(n, tuple) else n) for n in notes.get(problem, ()))
-        if names:
-            raise CheckpointError(
-                f"{folder} does not fit {kind.__name__}: {problem.replace('_', ' ')} "
-                f"{', '.join(names[:3])} ({len(names)} in all): fetch the complete model"
-            )
-    return model.eval()
 
 
 def causal_lm(whole: Any, config: Any) -> PreTrainedModel:
@@ -132,17 +102,6 @@ def _tap(whole: Any, folder: Path) -> JanusSiglip:
 
 def _plain(name: str) -> bool:
     return not name.startswith(("_", "transformers", "dtype", "architectures", "model_type"))
-
-
-def _image_rows(whole: Any, text: PreTrainedTokenizerFast, folder: Path) -> Tensor:
-    """BOS, SEP, EOS: the rows of the image's delimiters, and their mean."""
-    ids = text.convert_tokens_to_ids([BEGIN, END])
-    if any(i is None or i == text.unk_token_id for i in ids):
-        raise CheckpointError(
-            f"the tokenizer in {folder} lacks {BEGIN} or {END}: it is not that of Janus"
-        )
-    rows = whole.get_input_embeddings().weight[torch.tensor(ids)].detach()
-    return torch.stack([rows[0], rows.mean(dim=0), rows[1]])
 
 
 def _state(whole: Any, special: Tensor) -> dict[str, Tensor]:

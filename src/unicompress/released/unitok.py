@@ -18,8 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from unicompress.errors import CheckpointError, InputError
 from unicompress.hub import fetch_folder
 from unicompress.released.base import Release, ReleaseLoader, releases
-from unicompress.released.janus import read_whole
-from unicompress.released.llama import delimiter_rows, llama_text, mlp_state, quietly, under
+from unicompress.released.parts import (
+    delimiter_rows,
+    llama_text,
+    mlp_state,
+    quietly,
+    read_whole,
+    under,
+)
 from unicompress.tokenizers.base import HostFacts
 from unicompress.tokenizers.io import load_tokenizer
 from unicompress.tokenizers.official import Layout
@@ -31,34 +37,11 @@ BEGIN, END = 3, 4  # the bytes 0 and 1 in Llama 2's vocabulary, around an image
 LAYERS = 3  # of the head; its other sizes are the language model's
 ALIKE = 0.999  # cosine of codebook rows that differ in their rounding alone
 
-
-def join_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One bias where keys have none of their own, and the codebooks as one tensor."""
-    state = join_books(tensors)
-    names = ("attn.q_bias", "attn.v_bias")
-    if all(name in state for name in names):
-        queries, values = (state.pop(name) for name in names)
-        state["project.bias"] = torch.cat([queries, torch.zeros_like(queries), values])
-    return state
-
-
 EMBEDDER = Layout(
     prefixes=("model.multi_embedder.",),
-    renames=(
-        (r"^attn_projection\.attn\.qkv\.", "project."),
-        (r"^attn_projection\.attn\.proj\.", "out."),
-        (r"^attn_projection\.attn\.", "attn."),
-        (r"^attn_projection\.norm1\.", "attention_norm."),
-        (r"^attn_projection\.norm3\.", "linear_norm."),
-        (r"^attn_projection\.proj\.", "linear."),
-        (r"^attn_projection\.norm2\.", "mlp_norm."),
-        (r"^attn_projection\.mlp\.norm\.", "inner_norm."),
-        (r"^attn_projection\.mlp\.w0\.", "gate."),
-        (r"^attn_projection\.mlp\.w1\.", "inner."),
-        (r"^attn_projection\.mlp\.w2\.", "leave."),
-    ),
+    renames=((r"^attn_projection\.", "widen."),),
     ignore=(r".*\.vocab_usage$", r".*\.zero_k_bias$"),
-    adapt=join_attention,
+    adapt=join_books,
 )
 HEAD = Layout(
     prefixes=("ar_head.",),
@@ -178,7 +161,7 @@ def _check_positions(config: LlamaConfig, folder: Path) -> None:
 
 def _width(embedder: dict[str, Tensor], folder: Path) -> int:
     """What the codes are widened to before they are projected."""
-    bias = embedder.get("linear.bias")
+    bias = embedder.get("widen.proj.bias")
     if bias is None:
         raise CheckpointError(
             f"{folder} lacks model.multi_embedder.attn_projection.proj.bias: fetch its files again"
@@ -191,10 +174,10 @@ def _projector(embedder: dict[str, Tensor]) -> dict[str, Tensor]:
     mlp = under(embedder, "mm_projector.")
     norm = under(mlp, "0.")
     maps = mlp_state({name: t for name, t in mlp.items() if not name.startswith("0.")})
-    wide = {name: t for name, t in embedder.items() if not name.startswith("mm_projector.")}
     state = {f"projector.mlp.{name}": tensor for name, tensor in maps.items()}
     state |= {f"projector.mlp.norm.{name}": tensor for name, tensor in norm.items()}
-    return state | {f"projector.widen.{name}": tensor for name, tensor in wide.items()}
+    rest = {n: t for n, t in embedder.items() if not n.startswith("mm_projector.")}
+    return state | {f"projector.{name}": tensor for name, tensor in rest.items()}
 
 
 @torch.no_grad()

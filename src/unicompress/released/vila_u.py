@@ -13,20 +13,26 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from unicompress.checkpoint import read_json
 from unicompress.errors import CheckpointError
 from unicompress.hub import fetch_folder
 from unicompress.released.base import Release, ReleaseLoader, releases
-from unicompress.released.janus import read_whole
-from unicompress.released.llama import delimiter_rows, llama_text, mlp_state, section, under
+from unicompress.released.parts import (
+    delimiter_rows,
+    llama_text,
+    mlp_state,
+    read_whole,
+    section,
+    token_ids,
+    under,
+)
 from unicompress.tokenizers.base import HostFacts
 from unicompress.tokenizers.official import Layout, fit, read_released
 from unicompress.tokenizers.vila_u import VilaU
-from unicompress.tokenizers.weight_files import locate, read_tensors
+from unicompress.tokenizers.weight_files import CONFIG, locate, read_tensors
 
-CONFIG = "config.json"
 PARTS = ("llm", "vision_tower", "mm_projector")
 BEGIN, END = "<im_start>", "<im_end>"
 SIGLIP_HEADS = {768: 12, 1024: 16, 1152: 16}  # by width: the released sizes of SigLIP
@@ -96,7 +102,7 @@ class VilaULoader(ReleaseLoader):
         text = llama_text(llm)
         state = {f"heads.local.{name}": tensor for name, tensor in weights.items()}
         state |= aligned
-        state["special"] = delimiter_rows(lm, *_delimiters(text, len(lm.model.embed_tokens.weight)))
+        state["special"] = delimiter_rows(lm, *token_ids(text, (BEGIN, END), llm, "VILA-U"))
         state["tables.local.rows"] = tokenizer.rows.expand(tokenizer.codes, -1, -1)
         return Release(
             tokenizer=tokenizer,
@@ -181,14 +187,3 @@ def _projector(folder: Path) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"{folder} holds no linear maps: VILA-U's projector is one or more")
     return {f"projector.{name}": tensor for name, tensor in state.items()}
-
-
-def _delimiters(text: PreTrainedTokenizerFast, rows: int) -> list[int]:
-    """Entries of the vocabulary that stand before and behind an image."""
-    ids = [text.convert_tokens_to_ids(token) for token in (BEGIN, END)]
-    if any(i is None or i == text.unk_token_id or i >= rows for i in ids):
-        raise CheckpointError(
-            f"the text tokenizer in llm/ lacks {BEGIN} or {END}, or the language model their rows: "
-            "it is not VILA-U's"
-        )
-    return ids

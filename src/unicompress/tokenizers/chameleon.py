@@ -26,7 +26,12 @@ from unicompress.errors import InputError
 from unicompress.tokenizers.base import HostFacts, tokenizers
 from unicompress.tokenizers.fields import check_pixels, seeded, square_grid, to_field, to_sequence
 from unicompress.tokenizers.official import Layout, ReleasedTokenizer, ReleasedWeights
-from unicompress.tokenizers.vq_parts import nearest_row, network_sizes, per_token
+from unicompress.tokenizers.vq_parts import (
+    check_base_channels,
+    nearest_row,
+    network_sizes,
+    per_token,
+)
 from unicompress.tokens import TokenSpec
 
 
@@ -110,8 +115,7 @@ class Chameleon(ReleasedTokenizer):
         decoder: bool = True,
     ):
         super().__init__()
-        if base_channels % 32:
-            raise InputError(f"base_channels must be a multiple of 32, got {base_channels}")
+        check_base_channels(base_channels)
         self.image_size = image_size
         self.base_channels = base_channels
         self.channel_multiplier = tuple(channel_multiplier)

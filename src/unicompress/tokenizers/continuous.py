@@ -18,22 +18,23 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from unicompress.errors import CheckpointError, InputError
+from unicompress.errors import CheckpointError, InputError, first_line
 from unicompress.registry import require
 from unicompress.tokenizers.base import HostFacts, ImageTokenizer, tokenizers
+from unicompress.tokenizers.fields import check_dense, seeded, square_grid
 from unicompress.tokenizers.product_code import Basis, Books, encode, look_up
 from unicompress.tokenizers.tiny_autoencoder import (
     TinyAutoencoder,
     find_pair,
     load_tiny_autoencoder,
 )
-from unicompress.tokenizers.weight_files import download
-from unicompress.tokens import Grid, TokenSpec
+from unicompress.tokenizers.vq_parts import check_multiple
+from unicompress.tokenizers.weight_files import CONFIG, download
+from unicompress.tokens import TokenSpec
 
 NATIVE = "TinyAutoencoder"
 PROBE = 64  # pixels per side of the picture that shows an autoencoder's shapes
 SUBFOLDER = "vae"  # of a pipeline's repository
-CONFIG = "config.json"
 
 
 @tokenizers.register("continuous")
@@ -70,21 +71,15 @@ class Continuous(ImageTokenizer):
             raise InputError(f"codebook_size must be at least 2, got {codebook_size}")
         self.network = _build(autoencoder, self.config)
         channels, self.factor = _shapes(self.network, autoencoder)
-        step = self.factor * patch  # pixels per token and side
-        if image_size % step:
-            raise InputError(
-                f"image_size {image_size} is not a multiple of {step} (downsampling times patch): "
-                f"choose {-(-image_size // step) * step}"
-            )
+        grid = square_grid(image_size, self.factor * patch)
         dim = channels * patch**2
         if dim % codes_per_token:
             raise InputError(
                 f"{dim} channels per token cannot be cut into {codes_per_token} equal chunks: "
                 f"choose codes_per_token among {', '.join(map(str, _divisors(dim)))}"
             )
-        side = image_size // step
         self.spec = TokenSpec(
-            grid=Grid(side, side),
+            grid=grid,
             dim=dim,
             code_dim=dim,
             codes_per_token=codes_per_token,
@@ -113,23 +108,12 @@ class Continuous(ImageTokenizer):
         return look_up(self.rows, codes)
 
     def pixels(self, dense: Float[Tensor, "b t e"]) -> Float[Tensor, "b 3 h w"]:
-        grid = self.spec.grid
-        if dense.shape[1] != grid.length:
-            raise InputError(
-                f"the decoder takes {grid.length} dense tokens ({grid.rows}x{grid.columns}), "
-                f"got {dense.shape[1]}"
-            )
+        check_dense(dense, self.spec.grid)
         return self.pixels_of_patches(dense @ self.out + self.mean).clamp(-1, 1)
 
     def patches(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b t d"]:
         """Patches of the latent field as the autoencoder makes it; of a posterior the mode."""
-        step = self.factor * self.patch
-        height, width = pixels.shape[-2:]
-        if height % step or width % step:
-            raise InputError(
-                f"height and width must be multiples of {step}, got {height}x{width}: "
-                "resize the image"
-            )
+        check_multiple(pixels, self.factor * self.patch)
         return rearrange(
             _encoded(self.network, pixels),
             "b c (rows p) (columns q) -> b (rows columns) (c p q)",
@@ -163,8 +147,7 @@ class Continuous(ImageTokenizer):
 
     @classmethod
     def tiny(cls) -> "Continuous":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded():
             return cls(
                 config={"latent_channels": 4, "width": 8},
                 image_size=64,
@@ -248,7 +231,7 @@ def _pretrained(source: Path | str, revision: str | None) -> Any:
         if isinstance(error, InputError):
             raise
         raise CheckpointError(
-            f"{source} holds no autoencoder that can be loaded ({_first_line(error)}): pass a "
+            f"{source} holds no autoencoder that can be loaded ({first_line(error)}): pass a "
             "folder or hub id with config.json and diffusion_pytorch_model.safetensors, or an "
             "encoder and a decoder of the TAESD family"
         ) from error
@@ -319,7 +302,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(value[key]) for key in sorted(value)}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from transformers.models.emu3.configuration_emu3 import Emu3VQVAEConfig
 from transformers.models.emu3.modeling_emu3 import Emu3VQVAE
 
-from unicompress.errors import InputError
 from unicompress.tokenizers.base import HostFacts, tokenizers
 from unicompress.tokenizers.fields import seeded, to_field, to_sequence
 from unicompress.tokenizers.official import Layout, ReleasedTokenizer, ReleasedWeights
-from unicompress.tokenizers.vq_parts import check_multiple, nearest_row, network_sizes
+from unicompress.tokenizers.vq_parts import (
+    check_base_channels,
+    check_multiple,
+    nearest_row,
+    network_sizes,
+)
 from unicompress.tokens import Grid, TokenSpec
 
 FRAMES = 4  # that become one
@@ -75,8 +79,7 @@ class Emu3(ReleasedTokenizer):
         res_blocks: int = 2,
     ):
         super().__init__()
-        if base_channels % 32:
-            raise InputError(f"base_channels must be a multiple of 32, got {base_channels}")
+        check_base_channels(base_channels)
         self.rows, self.columns = rows, columns
         self.base_channels = base_channels
         self.channel_multiplier = tuple(channel_multiplier)

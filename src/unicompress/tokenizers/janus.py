@@ -28,24 +28,4 @@ class Janus(LlamaGen):
         renames=RENAMES,
         ignore=UNUSED,
     )
-
-    def __init__(
-        self,
-        *,
-        image_size: int = 384,
-        base_channels: int = 128,
-        channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4),
-        latent_channels: int = 256,
-        code_dim: int = 8,
-        codebook_size: int = 16384,
-        res_blocks: int = 2,
-    ):
-        super().__init__(
-            image_size=image_size,
-            base_channels=base_channels,
-            channel_multiplier=channel_multiplier,
-            latent_channels=latent_channels,
-            code_dim=code_dim,
-            codebook_size=codebook_size,
-            res_blocks=res_blocks,
-        )
+    released_size: ClassVar[int] = 384

@@ -9,7 +9,6 @@ The network is transformers' `JanusVQVAE`; ours are the tap, the quantiser and t
 * The pixel decoder only ever saw unit vectors, so its manifold is `l2`.
 """
 
-import math
 from typing import ClassVar
 
 from jaxtyping import Float, Int
@@ -18,11 +17,10 @@ from torch.nn import functional as F
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from unicompress.errors import InputError
 from unicompress.tokenizers.base import HostFacts, ImageTokenizer, tokenizers
-from unicompress.tokenizers.fields import check_pixels, seeded, to_field, to_sequence
-from unicompress.tokenizers.vq_parts import per_token
-from unicompress.tokens import Grid, TokenSpec
+from unicompress.tokenizers.fields import check_pixels, seeded, square_grid, to_field, to_sequence
+from unicompress.tokenizers.vq_parts import check_base_channels, per_token
+from unicompress.tokens import TokenSpec
 
 
 @tokenizers.register("janus_vq")
@@ -51,14 +49,8 @@ class JanusVQ(ImageTokenizer):
         res_blocks: int = 1,
     ):
         super().__init__()
-        factor = patch * 2 ** (len(channel_multiplier) - 1)
-        if image_size % factor:
-            raise InputError(
-                f"image_size {image_size} is not a multiple of {factor} (patch times "
-                f"downsampling): choose {math.ceil(image_size / factor) * factor}"
-            )
-        if base_channels % 32:
-            raise InputError(f"base_channels must be a multiple of 32, got {base_channels}")
+        grid = square_grid(image_size, patch * 2 ** (len(channel_multiplier) - 1))
+        check_base_channels(base_channels)
         self.image_size = image_size
         self.patch = patch
         self.base_channels = base_channels
@@ -67,9 +59,8 @@ class JanusVQ(ImageTokenizer):
         self.code_dim = code_dim
         self.codebook_size = codebook_size
         self.res_blocks = res_blocks
-        side = image_size // factor
         self.spec = TokenSpec(
-            grid=Grid(side, side),
+            grid=grid,
             dim=latent_channels,
             code_dim=code_dim,
             codes_per_token=1,
@@ -85,7 +76,7 @@ class JanusVQ(ImageTokenizer):
                 base_channels=base_channels,
                 channel_multiplier=list(channel_multiplier),
                 num_res_blocks=res_blocks,
-                num_patches=side,
+                num_patches=grid.rows,
                 in_channels=3 * patch * patch,
                 out_channels=3 * patch * patch,
             )

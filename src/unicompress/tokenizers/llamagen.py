@@ -45,11 +45,12 @@ class LlamaGen(JanusVQ, ReleasedTokenizer):
         renames=RENAMES,
         ignore=UNUSED,
     )
+    released_size: ClassVar[int] = 256  # pixels per side, where nothing else is asked for
 
     def __init__(
         self,
         *,
-        image_size: int = 256,
+        image_size: int | None = None,
         base_channels: int = 128,
         channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4),
         latent_channels: int = 256,
@@ -58,7 +59,7 @@ class LlamaGen(JanusVQ, ReleasedTokenizer):
         res_blocks: int = 2,
     ):
         super().__init__(
-            image_size=image_size,
+            image_size=self.released_size if image_size is None else image_size,
             patch=1,
             base_channels=base_channels,
             channel_multiplier=channel_multiplier,

@@ -34,7 +34,6 @@ class Layout:
     prefixes: tuple[str, ...] = ()  # of the host within a larger model; none needs to be there
     renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) for re.sub, one by one
     ignore: tuple[str, ...] = ()  # names that are not needed: optimisers, losses, usage counts
-    optional: tuple[str, ...] = ()  # names of ours that may be absent and then stay as built
     adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # what names cannot say
 
     def ours(self, tensors: Mapping[str, Tensor], path: Path | str) -> dict[str, Tensor]:
@@ -86,7 +85,7 @@ def fit(
 ) -> None:
     """Copy released weights into a module; CheckpointError says, in one line, what misfits."""
     wanted, tensors = module.state_dict(), weights.tensors
-    missing = [n for n in wanted if n not in tensors and not _matches(n, layout.optional)]
+    missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted]
     misshapen = [
         f"{name} {_size(tensor)} for {_size(wanted[name])}"
@@ -100,7 +99,7 @@ def fit(
         raise CheckpointError(
             f"{weights.path} does not fit {title or type(module).__name__} ({said}){advice}"
         )
-    module.load_state_dict({**wanted, **tensors})
+    module.load_state_dict(tensors)
 
 
 class ReleasedTokenizer(ImageTokenizer):

@@ -21,35 +21,7 @@ class UniFork(VilaU):
         verified="official code at toy size: X and pixels within 1e-5, codes identical",
         limits="no weights of its own: those of VILA-U are the start",
     )
-
-    def __init__(
-        self,
-        *,
-        image_size: int = 384,
-        positions: int = 16,
-        width: int = 1024,
-        depth: int = 24,
-        heads: int = 16,
-        codes: int = 4,
-        codebook_size: int = 16384,
-        channels: int = 128,
-        channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4),
-        latent_channels: int = 256,
-        norm_groups: int = 32,
-    ):
-        super().__init__(
-            image_size=image_size,
-            positions=positions,
-            width=width,
-            depth=depth,
-            heads=heads,
-            codes=codes,
-            codebook_size=codebook_size,
-            channels=channels,
-            channel_multiplier=channel_multiplier,
-            latent_channels=latent_channels,
-            norm_groups=norm_groups,
-        )
+    released_size: ClassVar[int] = 384
 
     @classmethod
     def tiny(cls) -> "UniFork":

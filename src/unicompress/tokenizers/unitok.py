@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unicompress.attention_projection import AttentionProjection
 from unicompress.errors import InputError
 from unicompress.tokenizers.base import HostFacts, tokenizers
 from unicompress.tokenizers.fields import check_dense, check_pixels, seeded, square_grid
 from unicompress.tokenizers.official import Layout, ReleasedTokenizer
-from unicompress.tokenizers.vitamin import PATCH, AttentionProjection, Decoder, Encoder
+from unicompress.tokenizers.vitamin import PATCH, Decoder, Encoder
 from unicompress.tokens import TokenSpec
 
 BOOK = re.compile(r"quantizer\.codebooks\.(\d+)\.codebook\.weight")

@@ -94,11 +94,12 @@ class VilaU(ReleasedTokenizer):
         verified="official code at toy size: X and pixels within 1e-5, codes identical",
     )
     layout: ClassVar[Layout] = LAYOUT
+    released_size: ClassVar[int] = 256  # pixels per side, where nothing else is asked for
 
     def __init__(
         self,
         *,
-        image_size: int = 256,
+        image_size: int | None = None,
         positions: int = 16,
         width: int = 1024,
         depth: int = 24,
@@ -111,7 +112,7 @@ class VilaU(ReleasedTokenizer):
         norm_groups: int = 32,
     ):
         super().__init__()
-        self.image_size = image_size
+        self.image_size = self.released_size if image_size is None else image_size
         self.positions = positions
         self.width = width
         self.depth = depth
@@ -124,12 +125,12 @@ class VilaU(ReleasedTokenizer):
         self.norm_groups = norm_groups
         patch = 2 ** (len(channel_multiplier) - 1)
         self.spec = TokenSpec(
-            grid=square_grid(image_size, patch),
+            grid=square_grid(self.image_size, patch),
             dim=width,
             code_dim=width,
             codes_per_token=codes,
             codebook_size=codebook_size,
-            image_size=image_size,
+            image_size=self.image_size,
         )
         siglip = SiglipVisionModel(
             SiglipVisionConfig(

@@ -6,16 +6,14 @@ double the field. Source: UniTok, models/vitamin.py and models/vqvae.py; timm's 
 named as in the released checkpoint, so that its keys need next to no renaming.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicompress.errors import InputError
+from unicompress.attention_projection import EPS, GatedMLP, split_heads
 from unicompress.tokenizers.fields import to_field, to_sequence
 from unicompress.tokens import Grid
 
-EPS = 1e-6
 EXPANSION = 4  # of channels within a convolutional block
 STAGES = (2, 4)  # blocks of the encoder's stages; the decoder has them the other way round
 PATCH = 16  # stem, two stages and the pool halve the field once each
@@ -138,29 +136,6 @@ class ConvStages(nn.Module):
         return self.pool(field)
 
 
-class GatedMLP(nn.Module):
-    """GELU-gated (tanh form), with a normalisation of its own besides the block's."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=EPS)
-        self.w0 = nn.Linear(width, hidden)
-        self.w1 = nn.Linear(width, hidden)
-        self.w2 = nn.Linear(hidden, width)
-
-    def forward(self, tokens: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
-        tokens = self.norm(tokens)
-        return self.w2(F.gelu(self.w0(tokens), approximate="tanh") * self.w1(tokens))
-
-
-def split_heads(
-    fused: Float[Tensor, "b n w3"], heads: int
-) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h n k"], Float[Tensor, "b h n k"]]:
-    """A fused projection to queries, keys and values by head."""
-    parts = fused.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # [3, b, heads, n, width]
-    return parts[0], parts[1], parts[2]
-
-
 class SelfAttention(nn.Module):
     """Attention of every token to every token; no positions, which the stem's padding tells."""
 
@@ -224,53 +199,3 @@ class Decoder(nn.Module):
     def forward(self, tokens: Float[Tensor, "b t e"], grid: Grid) -> Float[Tensor, "b 3 h w"]:
         field = self.up_conv1(to_field(self.norm(self.blocks(tokens)), grid))
         return self.up_conv4(self.up_conv3(self.up_conv2(field)))
-
-
-class ProjectingAttention(nn.Module):
-    """Attention that changes the width: heads are averaged on the way down, joined on the way up.
-
-    The smaller width is that of one head. Keys have no bias; the released zeros for it are dropped.
-    """
-
-    def __init__(self, inside: int, outside: int):
-        super().__init__()
-        wide, narrow = max(inside, outside), min(inside, outside)
-        self.down = inside > outside
-        self.heads = wide // narrow
-        self.qkv = nn.Linear(inside, 3 * wide, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(wide))
-        self.v_bias = nn.Parameter(torch.zeros(wide))
-        self.proj = nn.Linear(outside, outside)
-
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        fused = F.linear(tokens, self.qkv.weight, bias)
-        mixed = F.scaled_dot_product_attention(*split_heads(fused, self.heads))
-        joined = mixed.mean(dim=1) if self.down else mixed.transpose(1, 2).flatten(-2)
-        return self.proj(joined)
-
-
-class AttentionProjection(nn.Module):
-    """Changes the width by attention beside a linear map, then a gated MLP.
-
-    It reads the whole sequence, so it is not to be applied to a part of it. Raises InputError
-    unless one width is a larger multiple of the other.
-    """
-
-    def __init__(self, inside: int, outside: int):
-        super().__init__()
-        wide, narrow = max(inside, outside), min(inside, outside)
-        if wide % narrow or wide == narrow:
-            raise InputError(
-                f"width {wide} must be a multiple of code_dim {narrow}, and larger: change one"
-            )
-        self.norm1 = nn.LayerNorm(inside)
-        self.attn = ProjectingAttention(inside, outside)
-        self.proj = nn.Linear(inside, outside)
-        self.norm3 = nn.LayerNorm(inside)
-        self.norm2 = nn.LayerNorm(outside)
-        self.mlp = GatedMLP(outside, 2 * outside)
-
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
-        tokens = self.proj(self.norm3(tokens)) + self.attn(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))

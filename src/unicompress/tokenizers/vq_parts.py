@@ -42,6 +42,12 @@ def check_multiple(pixels: Float[Tensor, "b 3 h w"], patch: int) -> None:
         )
 
 
+def check_base_channels(base_channels: int) -> None:
+    """Raise InputError unless the 32 groups of the taming-style normalisation divide them."""
+    if base_channels % 32:
+        raise InputError(f"base_channels must be a multiple of 32, got {base_channels}")
+
+
 def network_sizes(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """Options of a taming-style encoder and codebook, from the shapes of its weights.
 

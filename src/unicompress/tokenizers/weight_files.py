@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unicompress.checkpoint import DIGEST, load_safetensors, read_json
-from unicompress.errors import CheckpointError
+from unicompress.errors import CheckpointError, first_line
 from unicompress.hub import NETWORK_ERRORS
 
 STANDARD = (
@@ -30,6 +30,7 @@ STANDARD = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+CONFIG = "config.json"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json")
 Wanted = Callable[[str], bool]
 
@@ -87,13 +88,13 @@ def download(source: Path | str, name: str, *, revision: str | None = None) -> P
     except NETWORK_ERRORS as error:
         raise CheckpointError(
             f"{source} is no file or folder here, and the hub did not deliver {name} "
-            f"({_first_line(error)}): fetch https://huggingface.co/{source}/resolve/main/{name} "
+            f"({first_line(error)}): fetch https://huggingface.co/{source}/resolve/main/{name} "
             "elsewhere, and pass its path"
         ) from error
 
 
 def config_beside(
-    source: Path | str, weights: Path, name: str = "config.json", *, revision: str | None = None
+    source: Path | str, weights: Path, *, revision: str | None = None
 ) -> dict[str, Any]:
     """The configuration that lies in the folder of the weights; {} where there is none.
 
@@ -102,10 +103,10 @@ def config_beside(
     path = Path(source)
     if path.is_file():
         return {}
-    beside: Path | None = weights.parent / name
+    beside: Path | None = weights.parent / CONFIG
     if not path.is_dir():
         parents = weights.parts[weights.parts.index("snapshots") + 2 : -1]
-        beside = download(source, str(PurePosixPath(*parents, name)), revision=revision)
+        beside = download(source, str(PurePosixPath(*parents, CONFIG)), revision=revision)
     if beside is None or not beside.is_file():
         return {}
     config = read_json(beside)
@@ -179,7 +180,7 @@ def _read_file(path: Path, wanted: Wanted, inside: Sequence[str]) -> dict[str, T
             tensors = {} if ours else {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged or half-downloaded ({_first_line(error)}): download it again"
+            f"{path} is damaged or half-downloaded ({first_line(error)}): download it again"
         ) from error
     if ours:  # saved by this project, with a digest that can be checked
         checked, _ = load_safetensors(path)
@@ -197,7 +198,7 @@ def _read_pickle(path: Path, wanted: Wanted, inside: Sequence[str]) -> dict[str,
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is damaged or half-downloaded ({_first_line(error)}): download it again"
+            f"{path} is damaged or half-downloaded ({first_line(error)}): download it again"
         ) from error
     except UnpicklingError as error:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
@@ -241,8 +242,3 @@ def _local(source: str) -> bool:
 def _want(files: Sequence[str], hub: str) -> str:
     name = files[0] if files else STANDARD[0]
     return f"https://huggingface.co/{hub}/resolve/main/{name}" if hub else name
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 160 else f"{line[:157]}..."

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from unicompress.backbones.base import backbones
 from unicompress.backbones.projectors import projectors
 from unicompress.checkpoint import read_json
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.errors import RecipeError
+from unicompress.evals.meter import count_flops
 from unicompress.sequence import ImageLayout
 from unicompress.tokenizers.base import ImageTokenizer, tokenizers
 from unicompress.tokenizers.io import load_tokenizer
@@ -264,10 +264,8 @@ def _encode_flops(tokenizer: ImageTokenizer) -> float:
     spec = tokenizer.spec
     height, width = (spec.image_size // spec.grid.rows * side for side in spec.grid)
     picture = torch.zeros(1, 3, height, width, device="meta")
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), torch.device("meta"), counter:
-        tokenizer.encode(picture)
-    return float(counter.get_total_flops())
+    with torch.no_grad(), torch.device("meta"):
+        return float(count_flops(lambda: tokenizer.encode(picture)))
 
 
 def _layout(tokenizer: ImageTokenizer, spec: CodecSpec | None) -> ImageLayout:

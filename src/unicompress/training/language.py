@@ -33,7 +33,9 @@ def language_model(
         text = build_text_tokenizer(_texts(data, seed), recipe.vocab_size)
         lm = _fresh(recipe, text, seed)
     if recipe.gradient_checkpointing:
-        lm.gradient_checkpointing_enable()
+        # transformers 5.18 has only the older name, which warns in versions that have both.
+        newer = getattr(lm, "activation_checkpointing_enable", None)
+        (newer or lm.gradient_checkpointing_enable)()
     return lm, text
 
 

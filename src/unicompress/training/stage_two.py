@@ -29,9 +29,8 @@ CHUNK = 16  # images in a validation batch
 class UnifiedBatch(Batch):
     """Images with questions about them, and other images with the captions to draw them from."""
 
-    read: (
-        Tensor | EncodedImages | None
-    )  # [b, 3, h, w] in [-1, 1]; None where the recipe or the split leaves none
+    # Pixels [b, 3, h, w] in [-1, 1], or packed; None where the recipe or the split leaves none.
+    read: Tensor | EncodedImages | None
     questions: list[list[str]]
     answers: list[list[str]]
     drawn: Tensor | EncodedImages | None

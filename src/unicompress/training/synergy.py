@@ -2,24 +2,24 @@
 
 `python -m unicompress.training.synergy recipes/reference/synergy.yaml [key=value ...]` trains the
 runs of a recipe for several seeds, one result file each in `<results>/synergy/`, and writes their
-comparison to `<results>/synergy.json`. A run whose file exists is left alone and one that was
-interrupted goes on where it stopped. The experiment of arXiv 2606.01503, section 6, with the
-controls that it lacks; the report says whatever sign is found.
+comparison to `<results>/synergy.json`, anew whenever a seed is complete. A run whose file exists is
+left alone and one that was interrupted goes on where it stopped. The experiment of arXiv
+2606.01503, section 6, with the controls that it lacks; the report says whatever sign is found.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from unicompress.errors import RecipeError, UnicompressError
 from unicompress.evals.generation import evaluate_generation, unseen_scenes
+from unicompress.evals.meter import flop_counter
 from unicompress.evals.result import Figures, Result
 from unicompress.evals.understanding import QuestionSet, evaluate_understanding
 from unicompress.limits.gradients import Loss, compare_tasks
@@ -81,23 +81,32 @@ class SynergyRecipe(BaseModel):
 
 
 def run_synergy(recipe: SynergyRecipe, source: str, command: str) -> list[Path]:
-    """Train and measure all runs, then compare them; returns the files, old ones included."""
-    folder = Path(recipe.results) / "synergy"
+    """Train and measure all runs, then compare them; returns the files, old ones included.
+
+    The comparison is written whenever a seed is complete, from the seeds that are.
+    """
+    folder, report = Path(recipe.results) / "synergy", Path(recipe.results) / "synergy.json"
     stages = {
-        (name, seed): _stage(recipe, name, changes, seed, source)
-        for seed in recipe.seeds  # a whole comparison with one seed comes first
-        for name, changes in recipe.runs.items()
+        seed: {
+            name: _stage(recipe, name, changes, seed, source)
+            for name, changes in recipe.runs.items()
+        }
+        for seed in recipe.seeds
     }
-    written = []
-    for (name, _), stage in tqdm(stages.items(), unit="run"):
-        path = folder / f"{Path(stage.out).name}.json"
-        written.append(path)
-        if not path.exists():
-            _run(stage, recipe, name, command).write(path)
-    loaded = zip(stages, map(Result.load, written), strict=True)
-    report = Path(recipe.results) / "synergy.json"
-    compare(recipe, loaded, command).write(report)
-    return [*written, report]
+    paths = {
+        s.out: folder / f"{Path(s.out).name}.json" for r in stages.values() for s in r.values()
+    }
+    runs: dict[str, dict[int, Result]] = {name: {} for name in recipe.runs}
+    with tqdm(total=len(paths), unit="run") as bar:
+        for seed, own in stages.items():  # a whole comparison with one seed comes first
+            for name, stage in own.items():
+                path = paths[stage.out]
+                if not path.exists():
+                    _run(stage, recipe, name, command).write(path)
+                runs[name][seed] = Result.load(path)
+                bar.update()
+            compare(recipe, runs, command).write(report)
+    return [*paths.values(), report]
 
 
 def _stage(
@@ -115,19 +124,19 @@ def _stage(
 
 def _run(stage: StageTwoRecipe, recipe: SynergyRecipe, name: str, command: str) -> Result:
     """Train one run, or go on with it, and measure it."""
-    # Before the training, since the start's gradients need the start's weights.
-    start = _gradients(build_model(stage), stage, recipe.gradient_images)
+    joint = 0 < stage.understanding_share < 1
+    start = None
+    if joint:  # before the training, since the start's gradients need the start's weights
+        start = _gradients(_placed(build_model(stage), stage), stage, recipe.gradient_images)
     result = train_stage_two(stage, resume=True)
     if result.status != "done":
         raise UnicompressError(
             f"{name}, seed {stage.seed}, was interrupted at step {result.step} of {stage.steps}: "
             "the same command goes on from there"
         )
-    model: UnifiedModel = UnifiedModel.from_pretrained(Path(stage.out) / FINAL)
-    if torch.cuda.is_available() and not stage.cpu:
-        model = model.cuda()
+    model = _placed(UnifiedModel.from_pretrained(Path(stage.out) / FINAL), stage)
     figures, known = measure(model, stage, recipe)
-    if start is not None:
+    if joint:
         end = _gradients(model, stage, recipe.gradient_images)
         known["gradients"] = {"start": start, "end": end}
     known |= {
@@ -142,6 +151,11 @@ def _run(stage: StageTwoRecipe, recipe: SynergyRecipe, name: str, command: str) 
     side = "dense" if model.codec is None else "compressed"
     sides: dict[str, Any] = {side: figures}
     return Result(command=command, seeds=(stage.seed,), details={"synergy": known}, **sides)
+
+
+def _placed(model: UnifiedModel, stage: StageTwoRecipe) -> UnifiedModel:
+    """The model where its training runs."""
+    return model.to("cuda" if torch.cuda.is_available() and not stage.cpu else "cpu")
 
 
 def measure(
@@ -193,7 +207,7 @@ def forward_gigaflops(model: UnifiedModel, stage: StageTwoRecipe) -> dict[str, f
     batch = _held_out(model, stage, 8).at(0)[0].to(model.device)
     found = {}
     for task, (count, loss) in _losses(model, batch).items():
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             loss()
         layers = counter.get_flop_counts()[type(model.backbone).__name__]
         found[task] = sum(layers.values()) / count / 1e9
@@ -217,10 +231,8 @@ def _losses(model: UnifiedModel, batch: UnifiedBatch) -> dict[str, tuple[int, Lo
     return found
 
 
-def _gradients(model: UnifiedModel, stage: StageTwoRecipe, images: int) -> dict[str, Any] | None:
-    """Agreement of the tasks on held-out pictures, by layer; None for a run on one task."""
-    if stage.understanding_share in (0, 1):
-        return None
+def _gradients(model: UnifiedModel, stage: StageTwoRecipe, images: int) -> dict[str, Any]:
+    """Agreement of the tasks on held-out pictures, by layer."""
     model.eval()
     batches = _held_out(model, stage.model_copy(update={"understanding_share": 0.5}), 8)
     halves: dict[str, tuple[list[Loss], list[Loss]]] = {}
@@ -233,23 +245,20 @@ def _gradients(model: UnifiedModel, stage: StageTwoRecipe, images: int) -> dict[
     return {group: agreement.summary() for group, agreement in found.items()}
 
 
-def compare(
-    recipe: SynergyRecipe, measured: Iterable[tuple[tuple[str, int], Result]], command: str
-) -> Result:
-    """One result file with the tables that the results page shows."""
-    runs: dict[str, dict[int, Result]] = {name: {} for name in recipe.runs}
-    for (name, seed), result in measured:
-        runs[name][seed] = result
-    known: Runs = runs
+def compare(recipe: SynergyRecipe, runs: Runs, command: str) -> Result:
+    """One result file with the tables that the results page shows, of the seeds there are."""
     comparisons = {name: c.model_dump() for name, c in recipe.comparisons.items()}
+    seeds = tuple(next(iter(runs.values())))
+    few = "" if len(seeds) == len(recipe.seeds) else f", {len(recipe.seeds)} are planned"
     return Result(
         command=command,
-        seeds=recipe.seeds,
+        seeds=seeds,
         details={
             "title": "Synergy of understanding and generation, with and without acceleration",
-            "note": f"Every task is trained on the same images in all runs of a seed. Measured on "
-            f"{recipe.questions} questions and {recipe.drawings} prompts of validation scenes.",
-            "tables": tables(known, comparisons, recipe.baseline),
+            "note": f"Every task is trained on the same images in all runs of a seed. Seeds: "
+            f"{len(seeds)}{few}. Measured on {recipe.questions} questions and {recipe.drawings} "
+            "prompts of validation scenes.",
+            "tables": tables(runs, comparisons, recipe.baseline),
             "comparisons": comparisons,
         },
     )

@@ -7,7 +7,7 @@ from unicompress.evals.result import Result
 from unicompress.evals.results_page import NOTHING, cell
 
 Runs = Mapping[str, Mapping[int, Result]]  # run -> seed -> what was measured
-# column -> how it is read from a run's measurements
+# column -> where it stands in a run's measurements: its task comes first, a `loss` is a cost
 FIGURES: dict[str, tuple[str, ...]] = {
     "questions, accuracy": ("understanding", "accuracy"),
     "answers, loss": ("understanding", "loss"),
@@ -15,14 +15,6 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "codes, loss": ("generation", "loss"),
     "codes, accuracy": ("generation", "code_accuracy"),
 }
-# Synergy by each figure, with the sign that makes a gain positive.
-GAINS: dict[str, tuple[tuple[str, ...], int]] = {
-    "questions, accuracy": (FIGURES["questions, accuracy"], 1),
-    "answers, loss": (FIGURES["answers, loss"], -1),
-    "whole caption drawn": (FIGURES["whole caption drawn"], 1),
-    "codes, loss": (FIGURES["codes, loss"], -1),
-}
-UNDERSTANDING = ("questions, accuracy", "answers, loss")
 SEEDS_ONLY = "Mean +- standard deviation over the seeds."
 
 
@@ -36,9 +28,9 @@ def value(result: Result, path: Sequence[str]) -> float | None:
 
 def gains(runs: Runs, comparison: Mapping[str, str | None], figure: str) -> dict[int, float]:
     """Joint against single-task training, by seed; positive where training together helps."""
-    path, sign = GAINS[figure]
-    single = comparison["understanding" if figure in UNDERSTANDING else "generation"]
-    joint = comparison["joint"]
+    path = FIGURES[figure]
+    sign = -1 if path[-1] == "loss" else 1
+    single, joint = comparison[path[0]], comparison["joint"]
     found = {}
     for seed in sorted(set(runs.get(joint or "", {})) & set(runs.get(single or "", {}))):
         together, alone = (value(runs[str(name)][seed], path) for name in (joint, single))
@@ -100,14 +92,14 @@ def _synergy_table(
     runs: Runs, comparisons: Mapping[str, Mapping[str, str | None]]
 ) -> dict[str, Any]:
     rows = [
-        [name, *(_signed(gains(runs, comparison, figure)) for figure in GAINS)]
+        [name, *(_signed(gains(runs, comparison, figure)) for figure in FIGURES)]
         for name, comparison in comparisons.items()
     ]
     return {
         "title": "Synergy",
         "note": "What training both tasks together adds to training each alone, seed by seed; "
         f"positive is a gain, losses are turned round. {SEEDS_ONLY}",
-        "columns": ["comparison", *GAINS],
+        "columns": ["comparison", *FIGURES],
         "rows": rows,
     }
 
@@ -118,7 +110,7 @@ def _loss_table(
     rows = []
     for name, comparison in comparisons.items():
         cells = []
-        for figure in GAINS:
+        for figure in FIGURES:
             base = gains(runs, comparisons[baseline], figure)
             own = gains(runs, comparison, figure)
             cells.append(_signed({s: base[s] - own[s] for s in base.keys() & own.keys()}))
@@ -128,7 +120,7 @@ def _loss_table(
         "title": "Synergy loss",
         "note": f"Synergy of `{baseline}` minus that of the row: positive where the method costs "
         f"synergy. {SEEDS_ONLY}",
-        "columns": ["comparison", *GAINS],
+        "columns": ["comparison", *FIGURES],
         "rows": rows,
     }
 

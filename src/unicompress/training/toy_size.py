@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from unicompress.backbones.text import build_text_tokenizer
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.data.scenes import Scenes
-from unicompress.errors import RecipeError
-from unicompress.evals.language_models import LMS
+from unicompress.errors import InputError, RecipeError
+from unicompress.evals.language_models import LMS, shape_config, stored_config
 from unicompress.tokenizers.base import tokenizers
 from unicompress.tokenizers.io import load_tokenizer, save_tokenizer
-from unicompress.training.recipe import LanguageModelRecipe, StageOneRecipe, StageTwoRecipe
+from unicompress.training.recipe import StageOneRecipe, StageTwoRecipe
 from unicompress.training.stage_one import codec_spec
 
 WIDTH, DEPTH, HEADS = 32, 1, 2
@@ -107,19 +107,16 @@ def lm_config(recipe: StageTwoRecipe) -> Any:
             **{"vocab_size": recipe.lm.vocab_size, "tie_word_embeddings": True},
             **dict(recipe.lm.config or {}),
         )
-    known = LMS.get(recipe.lm.name.rpartition("/")[2].lower())
-    if known is not None:
-        return LlamaConfig(
-            hidden_size=known.hidden,
-            intermediate_size=known.intermediate,
-            num_hidden_layers=known.layers,
-            num_attention_heads=known.heads,
-            num_key_value_heads=known.kv_heads,
-            head_dim=known.head_dim,
-            vocab_size=known.vocabulary,
-            tie_word_embeddings=known.tied,
-        )
-    return _hub_config(recipe.lm)
+    name = recipe.lm.name
+    # Of a hub id the last part says the shape; a folder says it itself.
+    known = None if Path(name).exists() else shape_config(name.rpartition("/")[2])
+    try:
+        return known or stored_config(name)
+    except InputError as error:
+        raise RecipeError(
+            f"the shape of {name!r} is not known here ({error}): pass its folder as lm.name, or "
+            f"one of {', '.join(LMS)}"
+        ) from error
 
 
 def build_lm(config: Any, *, rows: int) -> PreTrainedModel:
@@ -141,14 +138,3 @@ def _saved_lm(recipe: StageTwoRecipe, folder: Path) -> Path:
         lm = AutoModelForCausalLM.from_config(kind.from_dict({**values, **special}))
     lm.save_pretrained(folder)
     return folder
-
-
-def _hub_config(recipe: LanguageModelRecipe) -> Any:
-    try:
-        return AutoConfig.from_pretrained(recipe.name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(
-            f"the shape of {recipe.name!r} is not known here ({reason}): pass its folder as "
-            f"lm.name, or one of {', '.join(LMS)}"
-        ) from error

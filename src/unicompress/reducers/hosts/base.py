@@ -77,9 +77,11 @@ class Host(Member, ABC):
         for step in reducer.steps(depth=4):
             missing = sorted(from_encoder(step.reducer) - self.gives)
             if missing:
+                able = [name for name in hosts.names() if hosts.get(name).gives.issuperset(missing)]
+                others = f" (but {' and '.join(able)} models do)" if able else ""
                 raise InputError(
                     f"the reducer {reducer.name!r} needs {' and '.join(missing)}, which "
-                    f"{self.name} models do not have: choose another reducer or score"
+                    f"{self.name} models do not have{others}: choose another reducer or score"
                 )
 
 

@@ -94,8 +94,14 @@ class EncoderProbe:
 
 
 def _heads(module: Any, hidden: Float[Tensor, "b l d"], which: str) -> Float[Tensor, "b p l r"]:
-    """Queries or keys by head; some encoders normalise them, by head or over the full width."""
-    states = getattr(module, f"{which}_proj")(hidden)
+    """Queries or keys by head."""
+    return split_heads(module, getattr(module, f"{which}_proj")(hidden), which)
+
+
+def split_heads(
+    module: Any, states: Float[Tensor, "b l d"], which: str
+) -> Float[Tensor, "b p l r"]:
+    """What `q_proj` or `k_proj` gave, by head; some encoders normalise it, by head or in full."""
     norm = getattr(module, f"{which}_norm", None)
     split = (module.num_heads, module.head_dim)
     if norm is not None:

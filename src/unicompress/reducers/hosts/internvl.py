@@ -4,9 +4,7 @@ from typing import Any
 
 from unicompress.reducers.hosts.base import hosts
 from unicompress.reducers.hosts.encoder import EncoderProbe
-from unicompress.reducers.hosts.llava import square
 from unicompress.reducers.hosts.placeholders import PlaceholderHost
-from unicompress.tokens import Grid
 
 
 @hosts.register("internvl")
@@ -15,12 +13,6 @@ class InternVL(PlaceholderHost):
 
     kinds = ("InternVLForConditionalGeneration",)
     gives = frozenset({"attention", "shallow_attention", "keys"})
-
-    def parts(
-        self, model: Any, given: dict[str, Any], output: Any, grids: list[Grid] | None
-    ) -> list[Grid]:
-        fields = output.pooler_output
-        return [square(len(tokens), grids, index) for index, tokens in enumerate(fields)]
 
     def probe(self, model: Any) -> EncoderProbe:
         return EncoderProbe(

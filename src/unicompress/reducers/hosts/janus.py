@@ -8,10 +8,9 @@ from torch.nn import functional as F
 from unicompress.reducers.base import Signals
 from unicompress.reducers.g2tr import anchors_of
 from unicompress.reducers.hosts.base import hosts
+from unicompress.reducers.hosts.blocks import EncoderBlocks
 from unicompress.reducers.hosts.encoder import EncoderProbe
-from unicompress.reducers.hosts.llava import square
 from unicompress.reducers.hosts.placeholders import PlaceholderHost
-from unicompress.tokens import Grid
 
 
 @hosts.register("janus")
@@ -25,18 +24,23 @@ class Janus(PlaceholderHost):
 
     kinds = ("JanusForConditionalGeneration",)
     gives = frozenset(
-        {"attention", "shallow_attention", "keys", "anchors", "anchor_tokens", "anchor_grid"}
+        {
+            "attention",
+            "shallow_attention",
+            "keys",
+            "encoder_groups",
+            "anchors",
+            "anchor_tokens",
+            "anchor_grid",
+        }
     )
-
-    def parts(
-        self, model: Any, given: dict[str, Any], output: Any, grids: list[Grid] | None
-    ) -> list[Grid]:
-        fields = output.pooler_output
-        return [square(len(tokens), grids, index) for index, tokens in enumerate(fields)]
 
     def probe(self, model: Any) -> EncoderProbe:
         layers = self.inner(model).vision_model.encoder.layers
         return EncoderProbe([layer.self_attn for layer in layers], class_token=False)
+
+    def blocks(self, model: Any, given: dict[str, Any]) -> EncoderBlocks:
+        return EncoderBlocks(list(self.inner(model).vision_model.encoder.layers), class_token=False)
 
     @torch.no_grad()
     def latents(self, model: Any, given: dict[str, Any]) -> Signals:

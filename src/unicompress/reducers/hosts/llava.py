@@ -6,24 +6,10 @@ import torch
 
 from unicompress.errors import InputError
 from unicompress.reducers.hosts.base import hosts
+from unicompress.reducers.hosts.blocks import EncoderBlocks
 from unicompress.reducers.hosts.encoder import EncoderProbe
 from unicompress.reducers.hosts.placeholders import PlaceholderHost
 from unicompress.tokens import Grid
-
-
-def square(count: int, grids: list[Grid] | None, index: int) -> Grid:
-    """The grid of an image: as given, else a square one."""
-    if grids is not None:
-        if index >= len(grids) or grids[index].length != count:
-            raise InputError(
-                f"image {index} has {count} tokens, which none of the given grids fits: pass one "
-                "grid per image, in order"
-            )
-        return grids[index]
-    side = round(count**0.5)
-    if side * side != count:
-        raise InputError(f"{count} image tokens form no square: pass their grid with on(grids=...)")
-    return Grid(side, side)
 
 
 @hosts.register("llava")
@@ -31,21 +17,38 @@ class Llava(PlaceholderHost):
     """A CLIP (with class token) or SigLIP (without) encoder, one square field per image."""
 
     kinds = ("LlavaForConditionalGeneration",)
-    gives = frozenset({"attention", "shallow_attention", "keys"})
-
-    def parts(
-        self, model: Any, given: dict[str, Any], output: Any, grids: list[Grid] | None
-    ) -> list[Grid]:
-        fields = output.pooler_output
-        return [square(len(tokens), grids, index) for index, tokens in enumerate(fields)]
+    gives = frozenset({"attention", "shallow_attention", "keys", "encoder_groups"})
 
     def probe(self, model: Any) -> EncoderProbe:
-        tower = self.inner(model).vision_tower
-        tower = getattr(tower, "vision_model", tower)
         return EncoderProbe(
-            [layer.self_attn for layer in tower.encoder.layers],
+            [layer.self_attn for layer in self._layers(model)],
             class_token=model.config.vision_feature_select_strategy == "default",
         )
+
+    def blocks(self, model: Any, given: dict[str, Any]) -> EncoderBlocks:
+        taken, strategy = (
+            getattr(model.config, name) if given.get(name) is None else given[name]
+            for name in ("vision_feature_layer", "vision_feature_select_strategy")
+        )
+        if not isinstance(taken, int):
+            raise InputError(
+                f"the encoder's layers {list(taken)} differ in length when tokens merge between "
+                "them, so their features cannot be joined: use inside=False"
+            )
+        layers = self._layers(model)
+        # State 0 is what enters the first layer; -1 is what leaves the last one.
+        taken = taken if taken >= 0 else len(layers) + 1 + taken
+        return EncoderBlocks(layers[:taken], class_token=strategy == "default")
+
+    def _layers(self, model: Any) -> list[Any]:
+        tower = self.inner(model).vision_tower
+        tower = getattr(tower, "vision_model", tower)
+        if not hasattr(tower, "encoder"):
+            raise InputError(
+                f"the inside of a {type(tower).__name__} is not known, only that of CLIP and "
+                "SigLIP: choose a reducer that needs nothing of the encoder"
+            )
+        return list(tower.encoder.layers)
 
 
 @hosts.register("llava_next")

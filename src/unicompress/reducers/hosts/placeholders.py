@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from unicompress.errors import InputError
 from unicompress.reducers.base import Reducer, Signals
 from unicompress.reducers.hosts.base import Host, ImageField, Prompt
+from unicompress.reducers.hosts.blocks import EncoderBlocks, spread
 from unicompress.reducers.hosts.encoder import EncoderProbe
 from unicompress.tokens import Grid
 
@@ -42,15 +42,26 @@ class PlaceholderHost(Host):
     def trunk(self, model: Any) -> nn.Module:
         return self.inner(model).language_model
 
-    @abstractmethod
     def parts(
         self, model: Any, given: dict[str, Any], output: Any, grids: list[Grid] | None
     ) -> list[Grid]:
-        """Token grids of everything that `get_image_features(**given)` returned, in order."""
+        """Token grids of everything that `get_image_features(**given)` returned, in order.
+
+        A square field per image, unless `grids` says otherwise.
+        """
+        fields = output.pooler_output
+        return [square(len(tokens), grids, index) for index, tokens in enumerate(fields)]
 
     def probe(self, model: Any) -> EncoderProbe | None:
         """How to read the vision encoder's attention; None where that is not supported."""
         return None
+
+    def blocks(self, model: Any, given: dict[str, Any]) -> EncoderBlocks:
+        """The encoder's blocks up to where `get_image_features(**given)` takes its features.
+
+        For hosts that give `encoder_groups`: those whose patches become tokens one by one.
+        """
+        raise NotImplementedError(f"{self.name} does not merge inside its encoder")
 
     def latents(self, model: Any, given: dict[str, Any]) -> Signals:
         """Anchors of the generation branch for a batch of images; none by default."""
@@ -70,20 +81,31 @@ class PlaceholderHost(Host):
             for name in step.reducer.needs
         } & {"attention", "shallow_attention", "keys"}
         probe = self.probe(model) if from_encoder else None
+        mergers = [step.reducer for step in steps if "encoder_groups" in step.reducer.needs]
+        if mergers:
+            self.blocks(model, {}).check()
         original = inner.get_image_features
 
         @functools.wraps(original)
         def features(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(original).bind(*args, **kwargs).arguments
+            blocks = self.blocks(model, given) if mergers else None
             with ExitStack() as stack:
                 if probe is not None:
                     stack.enter_context(probe.listening())
+                if blocks is not None:
+                    stack.enter_context(blocks.merging(mergers[0]))
                 output = original(*args, **kwargs)
             signals = Signals()
             if any(name.startswith("anchor") for name in wanted):
                 signals = self.latents(model, given)
             if probe is not None:
                 signals = replace(signals, **probe.heard(from_encoder))
+            if blocks is not None and blocks.groups is not None:
+                # All places are filled for now; the cut before the language model empties them.
+                owner = blocks.groups.owner
+                output.pooler_output = spread(output.pooler_output, owner)
+                signals = replace(signals, encoder_groups=owner)
             sizes = self.parts(model, given, output, grids)
             heard.parts = [(grid, signals.of(i)) for i, grid in enumerate(sizes)]
             return output
@@ -115,6 +137,21 @@ class PlaceholderHost(Host):
             vars(inner)["get_image_features"] = features
             stack.callback(vars(inner).pop, "get_image_features")
             yield
+
+
+def square(count: int, grids: list[Grid] | None, index: int) -> Grid:
+    """The grid of an image: as given, else a square one."""
+    if grids is not None:
+        if index >= len(grids) or grids[index].length != count:
+            raise InputError(
+                f"image {index} has {count} tokens, which none of the given grids fits: pass one "
+                "grid per image, in order"
+            )
+        return grids[index]
+    side = round(count**0.5)
+    if side * side != count:
+        raise InputError(f"{count} image tokens form no square: pass their grid with on(grids=...)")
+    return Grid(side, side)
 
 
 def prompt_of(images: Tensor, heard: Heard) -> Prompt:

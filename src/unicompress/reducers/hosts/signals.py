@@ -1,7 +1,7 @@
 """The signals of a cut, computed from what the language model is doing, only those needed."""
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,17 +10,23 @@ from torch import Tensor
 from unicompress.errors import InputError
 from unicompress.reducers.base import Reducer, Signals
 from unicompress.reducers.hosts.attention import LayerView, received
-from unicompress.reducers.selection import cosine
+from unicompress.reducers.hosts.books import Run
+from unicompress.reducers.selection import at, cosine
 
-if TYPE_CHECKING:
-    from unicompress.reducers.hosts.tracker import Run
-
-TEXT = {"text_attention", "text_keys", "text_values", "text", "relevance"}
+TEXT = {
+    "text_attention",
+    "text_keys",
+    "text_values",
+    "text",
+    "relevance",
+    "text_cosines",
+    "text_sines",
+}
 
 
 def gather_signals(
     reducer: Reducer,
-    run: "Run",
+    run: Run,
     group: list[int],
     view: LayerView,
     rows: Int[Tensor, " g"],
@@ -32,6 +38,8 @@ def gather_signals(
     """Signals of a group of images; `slots` are their places in the rows they belong to."""
     signals = _encoder_signals(run, group)
     wanted = set(reducer.needs) - signals.given()
+    if not wanted:
+        return signals
     found: dict[str, Any] = {}
     picked = rows.tolist()
     view = LayerView(
@@ -54,26 +62,33 @@ def gather_signals(
         found["attention"] = _at(weights.mean(dim=1), slots)[:, 0]
     if "image_attention" in wanted:
         found["image_attention"] = _received(view, slots, True)
+    inner = _inner(view, slots)
     if "keys" in wanted:
-        found["keys"] = _pick(_wide(view, "k"), slots)
+        found["keys"] = _wide(inner, "k")
     if "values" in wanted:
-        found["values"] = _by_head(view, "v", slots)
+        found["values"] = inner.heads(inner.normed(), "v")
     if "cosines" in wanted:
-        found["cosines"] = _pick(view.cosines, slots)
+        found["cosines"] = inner.cosines
     if "sines" in wanted:
-        found["sines"] = _pick(view.sines, slots)
+        found["sines"] = inner.sines
     return replace(signals, **found)
+
+
+def _inner(view: LayerView, slots: Int[Tensor, "g n"]) -> LayerView:
+    """The same layer reading the tokens at `slots` alone: nothing is projected for the others."""
+    tables = (view.hidden, view.cosines, view.sines)
+    return LayerView(view.layer, *(at(table, slots) for table in tables))
 
 
 def _received(view: LayerView, slots: Int[Tensor, "g n"], causal: bool) -> Float[Tensor, "g n"]:
     """Mean attention of the image's tokens to each other."""
-    normed = _pick(view.normed(), slots)
-    inner = LayerView(view.layer, normed, _pick(view.cosines, slots), _pick(view.sines, slots))
+    inner = _inner(view, slots)
+    normed = inner.normed()
     queries, keys = inner.heads(normed, "q"), inner.heads(normed, "k")
     return received(queries, keys, view.layer.self_attn.scaling, causal=causal)
 
 
-def _encoder_signals(run: "Run", group: list[int]) -> Signals:
+def _encoder_signals(run: Run, group: list[int]) -> Signals:
     """What the host announced, at the tokens that are left, as one batch."""
     values: dict[str, Any] = {}
     for field in fields(Signals):
@@ -99,16 +114,21 @@ def _text_signals(
     valid: Bool[Tensor, "g m"],
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    inner = _inner(view, text_slots)
     if "text_attention" in wanted:
         weights = view.rows(text_slots, _visible(text_slots, valid))
         index = slots[:, None, None, :].expand(*weights.shape[:3], -1)
         found["text_attention"] = weights.gather(3, index)
     if "text_keys" in wanted:
-        found["text_keys"] = _pick(_wide(view, "k"), text_slots)
+        found["text_keys"] = _wide(inner, "k")
     if "text_values" in wanted:
-        found["text_values"] = _by_head(view, "v", text_slots)
+        found["text_values"] = inner.heads(inner.normed(), "v")
+    if "text_cosines" in wanted:
+        found["text_cosines"] = inner.cosines
+    if "text_sines" in wanted:
+        found["text_sines"] = inner.sines
     if wanted & {"text", "relevance"}:
-        found["text"] = _pick(view.hidden, text_slots)
+        found["text"] = inner.hidden
     if "relevance" in wanted:
         there = text_valid[..., None].to(tokens)
         mean = (found["text"] * there).sum(dim=1, keepdim=True) / there.sum(dim=1, keepdim=True)
@@ -117,7 +137,7 @@ def _text_signals(
 
 
 def _text_slots(
-    run: "Run", rows: list[int], slot_of: Int[Tensor, "g l"]
+    run: Run, rows: list[int], slot_of: Int[Tensor, "g l"]
 ) -> tuple[Int[Tensor, "g t"], Bool[Tensor, "g t"]]:
     """Slots of the question's tokens, padded with the first one."""
     text = run.prompt.text[rows]
@@ -135,10 +155,6 @@ def _visible(slots: Int[Tensor, "g q"], valid: Bool[Tensor, "g m"]) -> Bool[Tens
     return (order <= slots[..., None]) & valid[:, None, :]
 
 
-def _pick(values: Float[Tensor, "g m d"], slots: Int[Tensor, "g n"]) -> Float[Tensor, "g n d"]:
-    return values.gather(1, slots[..., None].expand(-1, -1, values.shape[-1]))
-
-
 def _at(rows: Float[Tensor, "g q m"], slots: Int[Tensor, "g n"]) -> Float[Tensor, "g q n"]:
     return rows.gather(2, slots[:, None].expand(-1, rows.shape[1], -1))
 
@@ -146,9 +162,3 @@ def _at(rows: Float[Tensor, "g q m"], slots: Int[Tensor, "g n"]) -> Float[Tensor
 def _wide(view: LayerView, which: str) -> Float[Tensor, "g m k"]:
     """Heads side by side."""
     return view.heads(view.normed(), which).transpose(1, 2).flatten(2)
-
-
-def _by_head(view: LayerView, which: str, slots: Int[Tensor, "g n"]) -> Float[Tensor, "g p n r"]:
-    states = view.heads(view.normed(), which)
-    index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
-    return states.gather(2, index)

@@ -9,7 +9,6 @@ A cut "before the language model" is a cut before its first layer, at the same c
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ from unicompress.errors import InputError
 from unicompress.reducers.base import Reducer, Reduction, Step, count_kept
 from unicompress.reducers.hosts.attention import LayerView
 from unicompress.reducers.hosts.base import Prompt
+from unicompress.reducers.hosts.books import Call, Run, Stage
 from unicompress.reducers.hosts.signals import gather_signals
 from unicompress.reducers.selection import at
 from unicompress.tokens import Grid
 
-ENCODER = {"shallow_attention", "anchors", "anchor_tokens", "anchor_grid", "real"}
+ENCODER = {"shallow_attention", "encoder_groups", "anchors", "anchor_tokens", "anchor_grid", "real"}
 EITHER = {"attention", "keys"}
 
 
@@ -32,48 +32,6 @@ def from_encoder(reducer: Reducer) -> set[str]:
     """The signals that only the host can give, not its language model."""
     wanted = ENCODER | EITHER if reducer.source == "encoder" else ENCODER
     return set(reducer.needs) & wanted
-
-
-@dataclass
-class Stage:
-    """The sequence between two cuts, as columns of the original sequence."""
-
-    first: int  # the layer before which it begins
-    columns: Int[Tensor, "b m"]
-    valid: Bool[Tensor, "b m"]  # False: padding
-    offset: Int[Tensor, "b p"]  # how far the positions of the prompt's columns move up
-    shift: Int[Tensor, " b"]  # how far positions after the prompt move up
-    # RoPE rows of the prompt's columns, where a reducer chose them (PPE).
-    mixed: tuple[Tensor, Tensor] | None = None  # cosines and sines chosen by the reducer (PPE)
-
-
-@dataclass
-class Run:
-    """One prompt and all that is decoded after it."""
-
-    prompt: Prompt
-    stages: list[Stage]
-    alive: list[Int[Tensor, " _"]]  # per image field: which of its tokens are left
-    length: int  # columns of the original sequence so far
-    reductions: list[list[Reduction]] = field(default_factory=list)  # per field, one per cut
-
-    def stage(self, layer: int) -> Stage:
-        """The stage that a layer works in."""
-        return max((s for s in self.stages if s.first <= layer), key=lambda s: s.first)
-
-
-@dataclass
-class Call:
-    """One forward pass of the language model: a prompt or a step after it."""
-
-    run: Run
-    prefill: bool
-    width: int  # columns that came in
-    positions: Int[Tensor, "*axes b l"]  # of the columns that came in
-    mask: Tensor | None  # the host's own 4-D mask
-    cache: Any = None
-    prepared: dict[int, dict[str, Any]] = field(default_factory=dict)
-    view: LayerView | None = None  # of the layer before a cut
 
 
 class Tracker:
@@ -129,7 +87,7 @@ class Tracker:
         cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         prompt, self._announced, self._call = self._announced, None, None
         if prompt is not None and embeds is not None:
-            run = self._new_run(prompt, embeds, kwargs.get("attention_mask"), cache)
+            run = Run.of(prompt, embeds, kwargs.get("attention_mask"), cache)
         elif cache is not None and cache in self._runs:
             run = self._runs[cache]
         else:
@@ -151,50 +109,13 @@ class Tracker:
             mask if whole else None,
         )
         if prompt is None:
-            self._extend(run, width, mask)
+            run.extend(width, mask)
         # The trunk's own mask would be sized by a cache that is shorter than the sequence.
         return args, {
             **kwargs,
             "attention_mask": mask if whole else None,
             "position_ids": positions,
         }
-
-    def _new_run(self, prompt: Prompt, embeds: Tensor, mask: Any, cache: Any) -> Run:
-        b, width, _ = embeds.shape
-        if cache is not None and cache.get_seq_length() > 0:
-            raise InputError(
-                "a picture that comes after cached text cannot be reduced: pass the whole prompt "
-                "in one call"
-            )
-        if getattr(cache, "is_compileable", False):
-            raise InputError(
-                "a static cache has one length for all layers: generate with a dynamic cache"
-            )
-        valid = torch.ones(b, width, dtype=torch.bool, device=embeds.device)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            valid = mask[:, -width:].bool().to(embeds.device)
-        columns = torch.arange(width, device=embeds.device).expand(b, -1)
-        shift = torch.zeros(b, dtype=torch.long, device=embeds.device)
-        alive = [torch.arange(len(f.columns), device=embeds.device) for f in prompt.fields]
-        start = Stage(0, columns, valid, torch.zeros_like(columns), shift)
-        run = Run(prompt, [start], alive, width)
-        run.reductions = [[] for _ in prompt.fields]
-        return run
-
-    def _extend(self, run: Run, width: int, mask: Any) -> None:
-        """Add the columns of a decoding step to every stage."""
-        for index, stage in enumerate(run.stages):
-            b = len(stage.columns)
-            new = torch.arange(run.length, run.length + width, device=stage.columns.device)
-            valid = torch.ones(b, width, dtype=torch.bool, device=stage.columns.device)
-            if isinstance(mask, Tensor) and mask.ndim == 2:
-                valid = mask[:, -width:].bool().to(valid.device)
-            run.stages[index] = replace(
-                stage,
-                columns=torch.cat([stage.columns, new.expand(b, -1)], dim=1),
-                valid=torch.cat([stage.valid, valid], dim=1),
-            )
-        run.length += width
 
     def _leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call, self._call = self._call, None
@@ -208,16 +129,10 @@ class Tracker:
         hidden = output.last_hidden_state
         full = hidden.new_zeros(len(hidden), call.width, hidden.shape[-1])
         # Padding that a shorter row needed may repeat a column: it must not overwrite it.
-        states = hidden * self._own(stage)[..., None]
+        states = hidden * stage.own()[..., None]
         index = stage.columns[..., None].expand_as(hidden)
         output.last_hidden_state = full.scatter_add(1, index, states)
         return output
-
-    @staticmethod
-    def _own(stage: Stage) -> Bool[Tensor, "b m"]:
-        """Slots that hold their column; the rest are fillers at the beginning of shorter rows."""
-        later = stage.columns[:, 1:] > stage.columns[:, :-1]
-        return torch.cat([later, torch.ones_like(later[:, :1])], dim=1)
 
     # The layers
 
@@ -244,61 +159,17 @@ class Tracker:
         """Mask and positions of a stage; computed once and shared by its layers."""
         stage = call.run.stage(layer)
         if stage.first not in call.prepared:
-            positions = self._positions(call, stage)
+            positions = call.positions_in(stage)
+            backend = self.trunk.config._attn_implementation
             tables = self.trunk.rotary_emb(hidden, positions)
             if call.prefill and stage.mixed is not None:
                 tables = stage.mixed
             call.prepared[stage.first] = {
-                "attention_mask": self._mask(call, stage, hidden),
+                "attention_mask": call.mask_in(stage, hidden, backend),
                 "position_embeddings": tables,
                 "position_ids": positions if positions.ndim == 2 else None,
             }
         return call.prepared[stage.first]
-
-    def _positions(self, call: Call, stage: Stage) -> Int[Tensor, "*axes b m"]:
-        """Positions of the columns that are being computed."""
-        if not call.prefill:
-            return call.positions - stage.shift[:, None]
-        columns, original = stage.columns, call.positions
-        spread = columns.expand(*original.shape[:-2], *columns.shape)
-        original = original.expand(*spread.shape[:-1], original.shape[-1])
-        return (original.gather(-1, spread) - stage.offset).clamp(min=0)
-
-    def _mask(self, call: Call, stage: Stage, hidden: Tensor) -> Tensor | None:
-        """Which columns see which, in the form that the attention backend takes."""
-        backend = self.trunk.config._attn_implementation
-        q, keys = hidden.shape[1], stage.columns.shape[1]
-        if call.mask is not None:
-            seen = self._gathered(call, stage, q)
-            if seen.dtype != torch.bool:
-                hole = torch.finfo(seen.dtype).min
-                return seen.masked_fill(~stage.valid[:, None, None, :], hole)
-            return seen & stage.valid[:, None, None, :]
-        plain = bool(stage.valid.all())
-        if backend.startswith("flash"):
-            return None if plain else stage.valid
-        if plain and (q in (1, keys)) and backend == "sdpa":
-            return None
-        order = torch.arange(keys, device=hidden.device)
-        causal = order <= order[keys - q :, None]
-        # A padded query sees itself: an empty row of a softmax would be NaN.
-        seen = (causal & stage.valid[:, None, :]) | (order == order[keys - q :, None])
-        if backend == "sdpa":
-            return seen[:, None]
-        hole = torch.finfo(hidden.dtype).min
-        return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, hole)[:, None]
-
-    def _gathered(self, call: Call, stage: Stage, q: int) -> Tensor:
-        """The host's own mask, at the rows and columns that are left."""
-        mask = call.mask
-        assert mask is not None
-        b = len(stage.columns)
-        mask = mask.expand(b, -1, -1, -1)
-        if call.prefill:
-            rows = stage.columns[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-            mask = mask.gather(2, rows)
-        columns = stage.columns[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-        return mask.gather(3, columns)
 
     # Cutting
 
@@ -312,14 +183,14 @@ class Tracker:
         else:
             tables = self._settings(call, layer - 1 if layer else 0, hidden)["position_embeddings"]
             view = LayerView(module, hidden, *tables)
-        slot_of = self._slots(run, before)
+        slot_of = before.slots(run.length)
         # What earlier cuts dropped stays dropped.
         keep = torch.zeros(len(hidden), run.length, dtype=torch.bool, device=hidden.device)
         keep = keep.scatter(1, before.columns, torch.ones_like(before.columns, dtype=torch.bool))
         hidden = hidden.clone()
         carried: list[tuple[int, Tensor, Tensor]] = []
         position_policy = step.reducer.positions
-        for group in self._groups(run):
+        for group in run.groups():
             fields = [run.prompt.fields[number] for number in group]
             rows = torch.tensor([f.row for f in fields], device=hidden.device)
             columns = torch.stack(
@@ -356,23 +227,6 @@ class Tracker:
                     carried.append((int(rows[place]), kept_slots[place], spread))
         return self._begin(call, layer, before, keep, hidden, view, position_policy, carried)
 
-    def _groups(self, run: Run) -> list[list[int]]:
-        """Images that can be reduced in one batch: of one size, with the same signals."""
-        groups: dict[Any, list[int]] = {}
-        for number, item in enumerate(run.prompt.fields):
-            anchors = item.encoder.anchor_grid
-            kind = (len(run.alive[number]), item.grid, anchors, frozenset(item.encoder.given()))
-            groups.setdefault(kind, []).append(number)
-        return list(groups.values())
-
-    def _slots(self, run: Run, stage: Stage) -> Int[Tensor, "b l"]:
-        """Where each original column stands in a stage."""
-        b, m = stage.columns.shape
-        slots = torch.zeros(b, run.length, dtype=torch.long, device=stage.columns.device)
-        order = torch.arange(m, device=slots.device).expand(b, -1)
-        # Fillers come first and repeat a column: the later, true slot wins by being larger.
-        return slots.scatter_reduce(1, stage.columns, order.contiguous(), "amax")
-
     def _begin(
         self,
         call: Call,
@@ -386,11 +240,11 @@ class Tracker:
     ) -> Float[Tensor, "b m d"]:
         """The shorter sequence; rows that lose more are filled up on the left."""
         run = call.run
-        stays = keep.gather(1, before.columns) & self._own(before)
+        stays = keep.gather(1, before.columns) & before.own()
         width = int(stays.sum(dim=1).max())
         slots = stays.long().argsort(dim=1, stable=True)[:, -width:]  # dropped ones first
         inside = stays.gather(1, slots)
-        # A filler repeats the first column that stays, which `_own` and `_slots` can tell apart.
+        # A filler repeats the first column that stays, which `own` and `slots` can tell apart.
         first = slots.gather(1, inside.long().argmax(dim=1, keepdim=True))
         slots = torch.where(inside, slots, first)
         columns = before.columns.gather(1, slots)

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from unicompress.errors import InputError
 from unicompress.reducers.base import Reducer, Signals
 from unicompress.reducers.g2tr import anchors_of
 from unicompress.reducers.hosts.base import Host, ImageField, Prompt, hosts
-from unicompress.tokens import Grid
+from unicompress.tokens import EncodedImages, Grid
 
 
 @hosts.register("unified")
@@ -45,11 +46,19 @@ class Unified(Host):
         seen: dict[str, Any] = {}
         original = model._image_embeds
 
-        def image_embeds(images: Tensor) -> Tensor:
-            embeds = original(images)
+        def image_embeds(images: Tensor | EncodedImages) -> Tensor:
             encoder = Signals()
             if any(name.startswith("anchor") for name in needed):
-                encoder = self._anchors(model, images)
+                if isinstance(images, EncodedImages):
+                    raise InputError(
+                        f"the reducer {reducer.name!r} needs the tokenizer's field, which packed "
+                        "images do not have: pass pixels"
+                    )
+                dense = model._dense(images)
+                encoder = self._anchors(model, dense)
+                # Understanding reads the same field, unless it has an encoder of its own.
+                images = dense if model.understanding is None else images
+            embeds = original(images)
             seen.update(embeds=embeds, encoder=encoder)
             return embeds
 
@@ -121,9 +130,8 @@ class Unified(Host):
         )
 
     @torch.no_grad()
-    def _anchors(self, model: Any, images: Tensor) -> Signals:
+    def _anchors(self, model: Any, dense: Float[Tensor, "b t d"]) -> Signals:
         """The tokenizer's field in code space, and its codes as the language model writes them."""
-        dense = model._dense(images)
         grid = model.tokenizer.spec.grid
         latent = model.tokenizer.dense_target(dense)
         # A compressed model's anchors come from its own, compressed codes.

@@ -1,4 +1,4 @@
-"""`demo` and `evaluate`: dense against compressed, with figures."""
+"""`evaluate`: accuracy and picture quality, dense against compressed."""
 
 from dataclasses import replace
 from enum import Enum
@@ -9,16 +9,15 @@ import typer
 
 from unicompress.cli.app import app
 from unicompress.cli.options import (
-    LOOK,
+    MEASURE,
     MODEL_HELP,
-    Compressed,
-    Dense,
     Device,
     Json,
     load_model,
 )
-from unicompress.console import command_line, print_result, progress_bar, write_result
+from unicompress.console import command_line, print_result, write_result
 from unicompress.errors import InputError
+from unicompress.evals.progress import progress_bar
 
 
 class Task(str, Enum):
@@ -31,31 +30,7 @@ class Task(str, Enum):
     easy_vqa = "easy-vqa"
 
 
-@app.command(rich_help_panel=LOOK)
-def demo(
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for report and pictures.")
-    ] = Path("demo"),
-    dense: Dense = "dense",
-    compressed: Compressed = "compressed",
-    device: Device = "auto",
-    json: Json = None,
-) -> None:
-    """Unseen pictures and prompts through the dense and the compressed model, side by side."""
-    from unicompress import reference
-    from unicompress.evals.demo import run_demo
-
-    pair = load_model(dense, device), load_model(compressed, device)
-    about = reference.ABOUT if (dense, compressed) == ("dense", "compressed") else ()
-    command = command_line()
-    with progress_bar() as progress:
-        result = run_demo(*pair, out, about=about, command=command, progress=progress)
-    print_result(result)
-    typer.echo(f"report: {out / 'report.html'}")
-    write_result(json, result)
-
-
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=MEASURE)
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     task: Annotated[Task, typer.Option(metavar="NAME", help=", ".join(Task))] = Task.all,

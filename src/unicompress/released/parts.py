@@ -1,8 +1,8 @@
-"""What the released models around a Llama share: its text tokenizer, delimiters, projector."""
+"""What the loaders share: a model read whole, its text tokenizer, delimiters and projector."""
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,41 @@ from torch import Tensor
 from transformers import LlamaTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from unicompress.errors import CheckpointError
+from unicompress.errors import CheckpointError, first_line
 from unicompress.registry import require
 
+PROCESSOR = "preprocessor_config.json"
 TEXT, PIECES = "tokenizer.json", "tokenizer.model"
 LAYER = re.compile(r"(?:(\d+)\.)?(weight|bias)$")
+
+
+def read_whole(kind: Any, folder: Path) -> Any:
+    """A transformers model with every weight it has; one line of CheckpointError otherwise.
+
+    transformers only warns of weights that are absent or misshapen, and draws them at random.
+    """
+    try:
+        model, notes = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, in one line
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be read as {kind.__name__} ({first_line(error)}): fetch its files "
+            "again, all shards and their index among them"
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(n[0] if isinstance(n, tuple) else n) for n in notes.get(problem, ()))
+        if names:
+            raise CheckpointError(
+                f"{folder} does not fit {kind.__name__}: {problem.replace('_', ' ')} "
+                f"{', '.join(names[:3])} ({len(names)} in all): fetch the complete model"
+            )
+    return model.eval()
 
 
 def llama_text(folder: Path) -> PreTrainedTokenizerFast:
@@ -44,9 +74,31 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+def token_ids(
+    text: PreTrainedTokenizerFast, names: Sequence[str], folder: Path, model: str
+) -> list[int]:
+    """Entries of the vocabulary; CheckpointError names the first that is not there, and `model`."""
+    ids = [text.convert_tokens_to_ids(name) for name in names]
+    for name, entry in zip(names, ids, strict=True):
+        if entry is None or entry == text.unk_token_id:
+            raise CheckpointError(
+                f"the text tokenizer in {folder} lacks {name}: it is not that of {model}"
+            )
+    return ids
+
+
 def delimiter_rows(lm: PreTrainedModel, begin: int, end: int) -> Tensor:
-    """BOS, SEP, EOS [3, h]: the rows of the entries that delimit an image, and their mean."""
-    rows = lm.get_input_embeddings().weight[torch.tensor([begin, end])].detach()
+    """BOS, SEP, EOS [3, h]: the rows of the entries that delimit an image, and their mean.
+
+    Raises CheckpointError where the language model has no such rows.
+    """
+    table = lm.get_input_embeddings().weight
+    if max(begin, end) >= len(table):
+        raise CheckpointError(
+            f"an image is delimited by the entries {begin} and {end}, but the language model has "
+            f"{len(table)}: it and the text tokenizer are of different models"
+        )
+    rows = table[torch.tensor([begin, end])].detach()
     return torch.stack([rows[0], rows.mean(dim=0), rows[1]])
 
 
