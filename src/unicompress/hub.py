@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from unicompress.errors import CheckpointError
+from unicompress.errors import CheckpointError, first_line
 
 # The HTTP library below huggingface_hub changes; its errors share a base with the hub's own.
 NETWORK_ERRORS: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
@@ -31,7 +31,7 @@ def fetch_folder(source: Path | str, files: Sequence[str], *, revision: str | No
     except NETWORK_ERRORS as error:
         raise CheckpointError(
             f"{source} is no folder here, and the hub did not deliver it "
-            f"({_first_sentence(error)}): fetch {' and '.join(files)} of {source} elsewhere and "
+            f"({first_line(error)}): fetch {' and '.join(files)} of {source} elsewhere and "
             "pass the folder they are in"
         ) from error
 
@@ -46,12 +46,7 @@ def upload_folder(
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, revision=revision)
     except HUB_ERRORS as error:
         raise CheckpointError(
-            f"cannot upload to {hub_id} ({_first_sentence(error)}): check the name, the network, "
+            f"cannot upload to {hub_id} ({first_line(error)}): check the name, the network, "
             "and that you are logged in (hf auth login)"
         ) from error
     return str(address)
-
-
-def _first_sentence(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if len(line) <= 160 else f"{line[:157]}..."

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unicompress.errors import InputError
+from unicompress.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def device_named(name: str) -> "torch.device":
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"the device {name!r} cannot be used ({reason}): try cpu") from error
     return device
 

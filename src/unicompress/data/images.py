@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unicompress.checkpoint import atomic_write
-from unicompress.errors import InputError
+from unicompress.errors import InputError, first_line
 
 # Others stay closed: EPS, for one, starts an interpreter.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -101,7 +101,7 @@ def _read(
             image.load()
         except DAMAGE as error:
             raise InputError(
-                f"{name} is damaged or cut off ({_reason(error)}): download or save it again"
+                f"{name} is damaged or cut off ({first_line(error)}): download or save it again"
             ) from error
         image = _upright(image)
     if size is not None:
@@ -122,12 +122,12 @@ def _open(file: Any, name: str) -> Image.Image:
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
-            f"{name} is too large ({_reason(error).split(' exceeds')[0].lower()}; at most "
+            f"{name} is too large ({first_line(error).split(' exceeds')[0].lower()}; at most "
             f"{MAX_PIXELS:,} pixels): make it smaller"
         ) from error
     except DAMAGE as error:
         raise InputError(
-            f"{name} is damaged ({_reason(error)}): download or save it again"
+            f"{name} is damaged ({first_line(error)}): download or save it again"
         ) from error
     if image.width * image.height > MAX_PIXELS:
         raise InputError(
@@ -169,7 +169,3 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         behind = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         image = Image.alpha_composite(behind, image)
     return image.convert("RGB")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unicompress.data.images import load_image
-from unicompress.errors import InputError
+from unicompress.errors import InputError, first_line
 from unicompress.registry import require
 
 FORMATS = ("folder", "parquet", "webdataset", "hub")
@@ -155,7 +155,7 @@ class ImageStream:
         try:
             rows = list(islice(self._rows, length * self.count))
         except (OSError, ValueError) as error:
-            raise InputError(f"cannot read {self.options.path}: {_first_line(error)}") from error
+            raise InputError(f"cannot read {self.options.path}: {first_line(error)}") from error
         self._block, self._offset = rows[self.rank :: self.count], 0
         # An epoch's tail may leave some processes without a row: they take one again.
         if rows and not self._block:
@@ -227,7 +227,7 @@ def _open(options: StreamOptions) -> Any:
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(name, datasets.Image(decode=False))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"cannot open {options.path}: {_first_line(error)}") from error
+        raise InputError(f"cannot open {options.path}: {first_line(error)}") from error
     return dataset
 
 
@@ -254,7 +254,3 @@ def _name(row: Mapping[str, Any], value: Any) -> str:
 
 def _text(value: Any) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,7 +18,7 @@ from transformers import (
 from unicompress.backbones.text import build_text_tokenizer
 from unicompress.codec import CodecSpec, ImageCodec
 from unicompress.data.scenes import Scenes
-from unicompress.errors import InputError
+from unicompress.errors import InputError, first_line
 from unicompress.evals.cost import Pair
 from unicompress.tokenizers.base import ImageTokenizer
 from unicompress.unified import UnifiedModel
@@ -96,7 +96,7 @@ def stored_config(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name).get_text_config()
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or ["unknown"])[0]
+        reason = first_line(error)
         raise InputError(f"no language model configuration in {name!r}: {reason}") from error
 
 

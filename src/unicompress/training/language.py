@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from unicompress.backbones.text import build_text_tokenizer
-from unicompress.errors import InputError, RecipeError
+from unicompress.errors import InputError, RecipeError, first_line
 from unicompress.registry import require
 from unicompress.training.feed import Place, seed_of
 from unicompress.training.recipe import Data, LanguageModelRecipe, LoraRecipe, check_keys
@@ -88,7 +88,7 @@ def _released(name: str, attention: str) -> tuple[PreTrainedModel, PreTrainedTok
             name, attn_implementation=attention, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"the language model {name!r} cannot be loaded ({reason}): check the name, the network "
             "and, for gated models, `hf auth login`"
