@@ -15,6 +15,7 @@ from unicompress.training.recipe import StageOneRecipe
 from unicompress.training.stage_one import StageOne, codec_spec, train_stage_one
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "global_count": 2}
+CODES = {"order": "block", "head": "codes"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def recipe(out: Path, host: Path, **changes: Any) -> StageOneRecipe:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, host: Path) -> Path:
     out = tmp_path_factory.mktemp("stage_one") / "run"
-    train_stage_one(recipe(out, host))
+    train_stage_one(recipe(out, host, codec={**SMALL, **CODES}))
     return out
 
 
@@ -72,13 +73,17 @@ def test_the_result_loads_around_its_host(trained: Path, host: Path) -> None:
     assert codec.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 18, 1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"random_rate": True}], ids=["fixed", "random"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"codec": CODES}, {"random_rate": True}],
+    ids=["regression", "codes", "random"],
+)
 def test_training_resumes_bit_identical(
     changes: dict[str, Any], host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = {**SMALL, "strides": [4], "nested": True, "local_dropout": 0.2}
     codec["global_codebook"] = "separate"
-    changes = {**changes, "codec": codec}
+    changes = {**changes, "codec": {**codec, **changes.get("codec", {})}}
     train_stage_one(recipe(tmp_path / "whole", host, **changes))
     stop, follow = interrupt_at(2), StageOne.after_step
 

@@ -148,13 +148,14 @@ PRESETS: dict[str, CodecSpec] = {
         parent=False,
         summary=False,
     ),
-    # What the reference was trained with: learned pooling, codebooks of their own for both streams,
-    # a second look for the globals, and four times fewer decompressor steps. Whether each part pays
-    # is for docs/results to say; docs/log.md has what is known.
+    # What measured best on the reference (docs/presets.md): regression as in the paper, but in one
+    # pass; learned pooling; codebooks of their own for both streams; a second look for the globals.
     "default": CodecSpec(
         global_kind="meta(depth=2)",
         compressor="mixer",
         global_codebook="separate",
         local_codebook="separate",
+        order="parallel",
+        head="regression",
     ),
 }
