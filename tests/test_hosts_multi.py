@@ -311,3 +311,8 @@ def test_stage_one_runs_and_its_tokens_decode(name: str, tmp_path: Path) -> None
     pixels = host.decode(dense)
     assert pixels.shape == (1, 3, size, size)
     assert pixels.std() > 0
+
+
+def test_unitok_is_wider_than_its_codes() -> None:
+    with pytest.raises(InputError, match="width 64 must be larger than code_dim 64"):
+        tokenizers.build("unitok(width=64, code_dim=64)")

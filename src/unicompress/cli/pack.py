@@ -80,9 +80,9 @@ def own_device(name: str, place: "Place") -> str:
 
 def encoding_on(device: "torch.device", model: "UnifiedModel") -> "UnifiedModel":
     """Move what encodes; the language model, which has nothing to do, stays where it is."""
-    model.tokenizer.to(device)
-    if model.codec is not None:
-        model.codec.to(device)
+    for name, part in model.named_children():
+        if name != "backbone":
+            part.to(device)
     return model
 
 

@@ -14,8 +14,10 @@ def progress_bar() -> Iterator["Progress"]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeElapsedColumn as Elapsed
+    from rich.progress import TimeRemainingColumn as Remaining
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+    told = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (*told, Elapsed(), TextColumn("left"), Remaining())
     console = Console(stderr=True)
     quiet = not console.is_terminal  # in a log or a pipe a bar is noise
     with Progress(*columns, console=console, transient=True, disable=quiet) as bar:

@@ -184,7 +184,7 @@ class Reducer(Member, ABC):
         Asked of reducers that need `encoder_groups`: a host then merges between attention and MLP,
         and says in that signal which tokens became one. What is left is what `keep` says.
         """
-        raise NotImplementedError(f"{self.name} does not merge inside an encoder")
+        raise InputError(f"the reducer {self.name!r} does not merge inside an encoder")
 
     @contextmanager
     def on(self, model: Any, *, grids: list[Grid] | None = None) -> Iterator[Any]:

@@ -79,6 +79,8 @@ class UniTok(ReleasedTokenizer):
         codebook_size: int = 4096,
     ):
         super().__init__()
+        if width <= code_dim:
+            raise InputError(f"width {width} must be larger than code_dim {code_dim}")
         if code_dim % codebooks:
             raise InputError(f"code_dim {code_dim} does not divide into {codebooks} codebooks")
         if width % heads:

@@ -220,12 +220,12 @@ def _write_shard(
     features, codes = [], []
     for start in range(0, len(samples), BATCH):
         pixels = to_pixels(samples[start : start + BATCH])
-        read, written = model.encode_image(pixels.to(model.device))
+        read, written = model.encode_image(pixels)  # moved to what encodes
         features.append(read.cpu())
         codes.append(written.cpu().int())
     if not samples:  # a black picture says what shapes nothing has
         size = model.tokenizer.spec.image_size
-        read, written = model.encode_image(torch.zeros(1, 3, size, size, device=model.device))
+        read, written = model.encode_image(torch.zeros(1, 3, size, size))
         features, codes = [read.cpu()[:0]], [written.cpu().int()[:0]]
     texts = [{"caption": s.caption, "questions": list(s.questions)} for s in samples]
     save_safetensors(

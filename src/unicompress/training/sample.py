@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unicompress.errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -35,7 +37,9 @@ class Source(ABC):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to a place that `state` described; only streams have one."""
-        raise NotImplementedError
+        raise CheckpointError(
+            f"a place in a stream is stored for {type(self).__name__}, which is none: start anew"
+        )
 
     def skipped(self) -> list[str]:
         """What could not be read since the last call, by name and reason."""

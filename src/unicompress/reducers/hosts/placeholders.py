@@ -61,7 +61,7 @@ class PlaceholderHost(Host):
 
         For hosts that give `encoder_groups`: those whose patches become tokens one by one.
         """
-        raise NotImplementedError(f"{self.name} does not merge inside its encoder")
+        raise InputError(f"{self.name} models do not merge inside their encoder: use inside=False")
 
     def latents(self, model: Any, given: dict[str, Any]) -> Signals:
         """Anchors of the generation branch for a batch of images; none by default."""
